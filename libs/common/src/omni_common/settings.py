@@ -1,0 +1,126 @@
+"""Frozen settings, read once from one YAML file and the environment; unknown names are refused.
+
+Precedence: `OMNI_<SERVICE>_<FIELD>`, then `OMNI_<FIELD>` for the fields every service shares, then the
+YAML file named by `OMNI_<SERVICE>_CONFIG`, then defaults. Nested fields join with a double underscore.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from omni_common.errors import InvalidRequest
+
+SERVICES = ("proxy", "prefill", "decode", "kvstore", "placement")
+
+
+class TlsSettings(BaseModel):
+    """Paths of PEM files. With `ca_file` on a server, clients must show a certificate of that authority."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    ca_file: Path | None = None
+
+
+class ServiceSettings(BaseModel):
+    """Fields every service has. A service derives, sets `service` and adds its own fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    service: ClassVar[str] = ""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "text"] = "json"
+    otlp_endpoint: str | None = Field(None, description="OTLP gRPC endpoint for traces, e.g. http://collector:4317")
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="Share of root traces that are recorded")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="Prometheus port; 0 picks a free one")
+    metrics_host: str = "127.0.0.1"
+    drain_timeout_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running work")
+    tls: TlsSettings = TlsSettings()
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Read file and environment.
+
+        Raises:
+            InvalidRequest: an unknown variable or key, or a value out of range; the message names it.
+        """
+        environ = os.environ if environ is None else environ
+        values = _merged(_from_file(cls.service, environ), _from_environment(cls, environ))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise InvalidRequest(f"setting {name!r} of {cls.service}: {first['msg']}", field=name) from None
+
+
+def _from_file(service: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    variable = f"OMNI_{service.upper()}_CONFIG"
+    if not (path := environ.get(variable)):
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"{variable}: cannot read settings: {error}", field=variable) from None
+    if not isinstance(content, dict | None):
+        raise InvalidRequest(f"{variable}: the file must hold a mapping of settings", field=variable)
+    return content or {}
+
+
+def _from_environment(cls: type[ServiceSettings], environ: Mapping[str, str]) -> dict[str, Any]:
+    own_prefix = f"OMNI_{cls.service.upper()}_"
+    foreign = tuple(f"OMNI_{name.upper()}_" for name in SERVICES if name != cls.service)
+    values: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
+    for variable, raw in environ.items():
+        if not variable.startswith("OMNI_") or variable.startswith(foreign) or variable == f"{own_prefix}CONFIG":
+            continue
+        is_own = variable.startswith(own_prefix)
+        path = variable.removeprefix(own_prefix if is_own else "OMNI_").lower().split("__")
+        _put(values if is_own else shared, path, raw, variable, cls if is_own else ServiceSettings, cls)
+    return _merged(shared, values)
+
+
+def _put(
+    target: dict[str, Any], path: list[str], raw: str, variable: str, model: type[BaseModel], top: type[ServiceSettings]
+) -> None:
+    field = model.model_fields.get(path[0])
+    if field is None:
+        known = [f"OMNI_{top.service.upper()}_{n.upper()}" for n in top.model_fields]
+        known += [f"OMNI_{n.upper()}" for n in ServiceSettings.model_fields]
+        close = difflib.get_close_matches(variable, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InvalidRequest(f"unknown setting {variable}{hint}", field=variable)
+    if len(path) == 1:
+        target[path[0]] = _parsed(raw, field.annotation)
+        return
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        _put(target.setdefault(path[0], {}), path[1:], raw, variable, field.annotation, top)
+        return
+    raise InvalidRequest(f"setting {variable}: {path[0]!r} has no parts", field=variable)
+
+
+def _parsed(raw: str, annotation: Any) -> Any:
+    """Text stays text where the field takes text; lists and mappings are read as YAML."""
+    try:
+        TypeAdapter(annotation).validate_python(raw)
+    except ValidationError:
+        try:
+            return yaml.safe_load(raw)
+        except yaml.YAMLError:
+            return raw
+    return raw
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result

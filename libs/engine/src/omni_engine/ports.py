@@ -1,0 +1,264 @@
+"""The `Engine` port and the values that cross it. Token ids in, token ids out; nobody here knows text or the wire.
+
+Life of one sequence across two engines:
+
+    prefill engine:  prefill(PrefillJob) -> PrefillResult(first token, KvHandle)   blocks held under a lease
+    decode engine:   submit(DecodeJob with that handle, sink)                      pulls the blocks, then
+                     sink(StepOutput) once per engine step that produced tokens    until one has `finish_reason`
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Medium(StrEnum):
+    """Where a block's keys and values lie."""
+
+    HBM = "hbm"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn; the proxy has validated the ranges."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Row-major: `width` entries for each generated token, the sampled token first."""
+
+    width: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    sampled_ranks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where one leg's time went, in milliseconds."""
+
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+    transfer_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KvHandle:
+    """What another engine needs to pull the blocks of a finished prefill; `opaque` is the connector's own."""
+
+    opaque: bytes
+    engine_id: str
+    lease_id: str
+    num_tokens: int
+    num_blocks: int
+    block_size: int
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillJob:
+    request_id: str
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """`kv_handle` is None when the sequence ended with its first token; then `finish_reason` says how."""
+
+    first_token_id: int
+    finish_reason: FinishReason | None
+    kv_handle: KvHandle | None
+    cached_tokens: int
+    timings: Timings
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """`token_ids` are the prompt and then `num_output_tokens` tokens generated elsewhere.
+
+    With a handle its `num_tokens` leading tokens are pulled; without one all are computed here.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    num_output_tokens: int = 0
+    kv_handle: KvHandle | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """Sent with a sequence's first tokens."""
+
+    cached_tokens: int
+    pulled_tokens: int
+    fell_back: bool
+    timings: Timings
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one engine step produced for one sequence."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    finish_reason: FinishReason | None = None
+    start: SequenceStart | None = None
+    logprobs: Logprobs | None = None
+    detail: str = ""
+
+
+StepSink = Callable[[list[SequenceOutput]], None]
+"""Called on the event loop, once per engine step and sink; must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is; constant while it lives. Counts are in tokens and blocks."""
+
+    model: str
+    engine: str
+    engine_version: str
+    engine_id: str
+    kv_connector: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_moe_layers: int = 0
+    num_experts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Load as the engine last reported it."""
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0
+    kv_usage: float = 0.0
+    leases: int = 0
+    step_ms: float = 0.0
+    generated_tokens: int = 0
+    computed_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """Blocks that now hold `token_ids`, following the block named `parent` (None: start of a prompt).
+
+    Hashes are the engine's own; the relay translates them to block keys.
+    """
+
+    block_hashes: Sequence[bytes]
+    parent: bytes | None
+    token_ids: Sequence[int]
+    block_size: int
+    medium: Medium = Medium.HBM
+    cache_salt: str = ""
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    block_hashes: Sequence[bytes]
+    medium: Medium = Medium.HBM
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksCleared:
+    """Nothing is cached any more."""
+
+
+BlockEvent = BlocksStored | BlocksRemoved | BlocksCleared
+
+
+@dataclass(frozen=True, slots=True)
+class EventBatch:
+    """Events of one engine step; `sequence` is consecutive, so a gap shows a loss."""
+
+    sequence: int
+    events: Sequence[BlockEvent]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """Tokens routed to each logical expert since the last read: int64 (layers, experts)."""
+
+    tokens: npt.NDArray[np.int64]
+
+
+class Engine(Protocol):
+    """One model on one engine. Coroutines may be cancelled; cancelling frees what the call held."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    async def start(self) -> None:
+        """Load the model and warm up. Raises `Internal` when the engine cannot start."""
+
+    async def prefill(self, job: PrefillJob) -> PrefillResult:
+        """Compute a prompt's KV blocks and first token, and lease the blocks.
+
+        Raises `InvalidRequest` for a prompt the engine cannot hold, `Unavailable` when the engine is dead.
+        """
+
+    async def release(self, lease_id: str) -> bool:
+        """End a lease early; False if there is none of that name (pulled, expired, never was)."""
+
+    async def submit(self, job: DecodeJob, sink: StepSink) -> None:
+        """Start a sequence; its outputs go to `sink`, the last one with a finish reason.
+
+        Raises `InvalidRequest` or `Unavailable` as `prefill` does; then `sink` is never called.
+        """
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop sequences and prefills and free their blocks; unknown ids are ignored; no output follows."""
+
+    def stats(self) -> EngineStats: ...
+
+    def events(self) -> AsyncIterator[EventBatch]:
+        """Block events from now on; one consumer."""
+
+    def expert_load(self) -> ExpertLoad | None:
+        """Router counts since the last call; None where the engine does not report them."""
+
+    async def wait_dead(self) -> str:
+        """Returns why, once the engine has died on its own."""
+
+    async def close(self) -> None: ...

@@ -1,0 +1,332 @@
+"""vLLM behind the `Engine` port: token ids in, one callback per engine step out.
+
+AsyncLLM is built for what it owns (configuration, input processing, the engine core's processes). Outputs are
+read from its engine-core client a step at a time instead of through its per-request generators, because a
+request object, a queue and a task wake-up per token and request cost more than the rest of this path.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni_common.errors import FailedPrecondition, Internal, InvalidRequest, Unavailable
+from omni_engine.ports import (
+    DecodeJob,
+    EngineInfo,
+    EngineStats,
+    EventBatch,
+    ExpertLoad,
+    KvHandle,
+    PrefillJob,
+    PrefillResult,
+    SamplingParams,
+    StepSink,
+)
+from omni_engine.vllm_args import LaunchPlan, Role, plan_launch
+from omni_engine.vllm_events import VllmEvents
+from omni_engine.vllm_leases import Leases
+from omni_engine.vllm_outputs import (
+    PendingPrefill,
+    RunningSequence,
+    Tracker,
+    finish_reason_of,
+    logprobs_of,
+    prefill_timings,
+)
+from omni_engine.vllm_sampling import sampling_params
+from omni_engine.vllm_settings import VllmSettings
+
+log = logging.getLogger(__name__)
+
+_RPC_TIMEOUT_S = 10.0
+# What a prefill request asks of the KV connector: keep the blocks for another engine.
+_KEEP_FOR_PULL = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+class VllmEngine:
+    """One vLLM engine in this process; its core and workers are child processes."""
+
+    def __init__(self, settings: VllmSettings, model_dir: Path, model: str, role: Role) -> None:
+        self._settings = settings
+        self._plan = plan_launch(settings, model_dir, model, role)
+        self._model = model
+        self._tracker = Tracker()
+        self._numbers = itertools.count()
+        self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._llm: Any = None
+        self._info: EngineInfo | None = None
+        self._events: VllmEvents | None = None
+        self._leases: Leases | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise FailedPrecondition("the engine has not started", reason="not_started")
+        return self._info
+
+    async def start(self) -> None:
+        os.environ.update(self._plan.environment)
+        if self._plan.events_endpoint:
+            self._events = VllmEvents(self._plan.events_endpoint)
+        try:
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                self._llm = await asyncio.to_thread(_build, self._plan)
+        except TimeoutError:
+            raise Internal(f"vLLM did not start within {self._settings.start_timeout_s:.0f} s") from None
+        except Exception as error:
+            raise Internal(f"vLLM did not start: {type(error).__name__}: {error}") from error
+        self._info = _describe(self._llm.vllm_config, self._plan, self._model, self._settings)
+        self._leases = Leases(self._llm.engine_core, enabled=bool(self._settings.kv_connector))
+        self._reader = asyncio.create_task(self._read_outputs(), name="vllm-outputs")
+        await self._warm_up()
+
+    async def prefill(self, job: PrefillJob) -> PrefillResult:
+        leases = self._require_leases()
+        wants_handle = bool(self._settings.kv_connector)
+        core_id = self._core_id(job.request_id)
+        params = self._sampling(job.sampling, dict(_KEEP_FOR_PULL) if wants_handle else None, max_tokens=1)
+        done: asyncio.Future[tuple[Any, float]] = asyncio.get_running_loop().create_future()
+        pending = PendingPrefill(core_id, job.request_id, len(job.token_ids), time.monotonic(), done)
+        await self._add(core_id, job.token_ids, params, job.cache_salt, pending)
+        try:
+            output, timestamp_s = await done
+        except asyncio.CancelledError:
+            await self._abandon(core_id)
+            if self._dead.done():
+                raise Unavailable(self._dead.result(), reason="engine_dead") from None
+            raise
+        handle = _handle(output, job, self.info, self._settings.lease_s)
+        if handle is not None:
+            leases.grant(handle.lease_id, handle.lease_s)
+        stats = output.prefill_stats
+        return PrefillResult(
+            first_token_id=output.new_token_ids[0],
+            finish_reason=None if handle is not None else finish_reason_of(output),
+            kv_handle=handle,
+            cached_tokens=stats.num_cached_tokens if stats else 0,
+            timings=prefill_timings(output, pending.submitted_s, timestamp_s),
+            logprobs=logprobs_of(output.new_logprobs) if output.new_logprobs is not None else None,
+        )
+
+    async def release(self, lease_id: str) -> bool:
+        return await self._require_leases().release(lease_id)
+
+    async def submit(self, job: DecodeJob, sink: StepSink) -> None:
+        self._require_leases()
+        transfer = self._transfer_of(job)
+        params = self._sampling(job.sampling, transfer)
+        core_id = self._core_id(job.request_id)
+        sequence = RunningSequence(
+            core_id, job.request_id, len(job.token_ids), time.monotonic(), sink, expects_pull=transfer is not None
+        )
+        await self._add(core_id, job.token_ids, params, job.cache_salt, sequence)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        core_ids = self._tracker.core_ids(request_ids)
+        for core_id in core_ids:
+            work = self._tracker.drop(core_id)
+            if isinstance(work, PendingPrefill):
+                work.done.cancel()
+        if core_ids and not self._dead.done():
+            await self._llm.engine_core.abort_requests_async(core_ids)
+
+    def stats(self) -> EngineStats:
+        return self._tracker.stats(self._leases.held if self._leases else 0)
+
+    async def events(self) -> AsyncIterator[EventBatch]:
+        if self._events is not None:
+            async for batch in self._events:
+                yield batch
+
+    def expert_load(self) -> ExpertLoad | None:
+        return None
+
+    async def wait_dead(self) -> str:
+        return await asyncio.shield(self._dead)
+
+    async def close(self) -> None:
+        for owned in (self._reader, self._leases.task if self._leases else None):
+            if owned is not None:
+                owned.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await owned
+        if self._events is not None:
+            self._events.close()
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+
+    async def _read_outputs(self) -> None:
+        """The one reader of the engine core's outputs; ends when the engine dies."""
+        core = self._llm.engine_core
+        try:
+            while True:
+                for orphan in self._tracker.step(await core.get_output_async()):
+                    self._disown(orphan)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            reason = f"vLLM engine died: {type(error).__name__}"
+            log.error("engine died", extra={"error": str(error)})
+            if not self._dead.done():
+                self._dead.set_result(reason)
+            self._tracker.fail_all(reason)
+
+    def _disown(self, output: Any) -> None:
+        """A prefill whose caller left just as it finished: nobody will pull its blocks."""
+        if output.kv_transfer_params and self._leases is not None:
+            self._leases.release_later(output.request_id)
+
+    async def _add(
+        self, core_id: str, token_ids: Sequence[int], params: Any, salt: str, work: PendingPrefill | RunningSequence
+    ) -> None:
+        request = self._core_request(core_id, token_ids, params, salt)
+        self._tracker.add(work)
+        try:
+            await self._llm.engine_core.add_request_async(request)
+        except BaseException:
+            self._tracker.drop(core_id)
+            raise
+
+    def _core_request(self, core_id: str, token_ids: Sequence[int], params: Any, salt: str) -> Any:
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
+        if salt:
+            prompt["cache_salt"] = salt
+        try:
+            return self._llm.input_processor.process_inputs(core_id, prompt, params, ("generate",))
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(_one_line(error), field=getattr(error, "parameter", None)) from None
+
+    def _sampling(self, params: SamplingParams, transfer: dict[str, Any] | None, max_tokens: int | None = None) -> Any:
+        try:
+            return sampling_params(params, transfer, max_tokens)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(_one_line(error), field=getattr(error, "parameter", None)) from None
+
+    def _transfer_of(self, job: DecodeJob) -> dict[str, Any] | None:
+        """The connector's parameters of a handle.
+
+        Raises FailedPrecondition for a handle this engine cannot pull; vLLM's connector would assert and die.
+        """
+        handle = job.kv_handle
+        if handle is None:
+            return None
+        size = self.info.block_size
+        if not self._settings.kv_connector or handle.block_size != size:
+            raise FailedPrecondition(
+                f"blocks of {handle.block_size} tokens cannot be pulled here (block size {size})", reason="kv_mismatch"
+            )
+        if -(-len(job.token_ids) // size) > handle.num_blocks:
+            raise FailedPrecondition(
+                f"{len(job.token_ids)} tokens do not fit {handle.num_blocks} pulled blocks of {size}",
+                reason="handle_too_short",
+            )
+        transfer: dict[str, Any] = json.loads(handle.opaque)
+        return transfer
+
+    def _core_id(self, request_id: str) -> str:
+        """vLLM refuses a name it has seen and not yet forgotten; a resubmitted request keeps its own name."""
+        return f"{request_id}#{next(self._numbers)}"
+
+    async def _abandon(self, core_id: str) -> None:
+        if self._tracker.drop(core_id) is not None and not self._dead.done():
+            await asyncio.shield(self._llm.engine_core.abort_requests_async([core_id]))
+
+    def _require_leases(self) -> Leases:
+        if self._dead.done():
+            raise Unavailable(self._dead.result(), reason="engine_dead")
+        if self._leases is None:
+            raise FailedPrecondition("the engine has not started", reason="not_started")
+        return self._leases
+
+    async def _warm_up(self) -> None:
+        """One local prefill and a few steps.
+
+        A CPU worker whose first forward is a long-context decode dies with an illegal instruction in the AMX
+        attention kernel, because tiles are only enabled by a prefill.
+        """
+        length = min(self._settings.warmup_tokens, self.info.max_model_len - 8)
+        if length < 1:
+            return
+        finished = asyncio.get_running_loop().create_future()
+
+        def sink(outputs: list[Any]) -> None:
+            if outputs[-1].finish_reason is not None and not finished.done():
+                finished.set_result(outputs[-1].finish_reason)
+
+        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+        await self.submit(DecodeJob("warm-up", [3 + i % 7 for i in range(length)], params), sink)
+        async with asyncio.timeout(self._settings.start_timeout_s):
+            await asyncio.wait({finished, self._dead}, return_when=asyncio.FIRST_COMPLETED)
+            if self._dead.done():
+                raise Internal(self._dead.result())
+            await self._llm.engine_core.reset_prefix_cache_async()
+
+
+def _build(plan: LaunchPlan) -> Any:
+    """Runs in a thread without an event loop, so that AsyncLLM starts no output reader of its own."""
+    from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = dict(plan.arguments)
+    for name, kind in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig)):
+        if name in arguments:
+            arguments[name] = kind(**arguments[name])
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+
+def _describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings) -> EngineInfo:
+    import vllm
+
+    shape = config.model_config.hf_text_config
+    experts = next((getattr(shape, n) for n in ("num_experts", "n_routed_experts") if getattr(shape, n, None)), 0)
+    dense = getattr(shape, "first_k_dense_replace", 0)
+    return EngineInfo(
+        model=model,
+        engine="vllm",
+        engine_version=vllm.__version__,
+        engine_id=plan.engine_id,
+        kv_connector=settings.kv_connector,
+        block_size=config.cache_config.block_size,
+        num_blocks=config.cache_config.num_gpu_blocks or 0,
+        max_model_len=config.model_config.max_model_len,
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+        num_moe_layers=shape.num_hidden_layers - dense if experts else 0,
+        num_experts=experts,
+    )
+
+
+def _handle(output: Any, job: PrefillJob, info: EngineInfo, lease_s: float) -> KvHandle | None:
+    transfer = output.kv_transfer_params
+    if not transfer or not transfer.get("remote_block_ids") or str(output.finish_reason) != "length":
+        return None
+    groups = [list(group) for group in transfer["remote_block_ids"]]
+    return KvHandle(
+        opaque=json.dumps(transfer | {"remote_block_ids": groups}).encode(),
+        engine_id=info.engine_id,
+        lease_id=output.request_id,
+        num_tokens=len(job.token_ids),
+        num_blocks=len(groups[0]),
+        block_size=info.block_size,
+        lease_s=lease_s,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

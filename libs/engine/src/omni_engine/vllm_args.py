@@ -1,0 +1,121 @@
+"""Settings to vLLM's engine arguments and to the environment its processes read."""
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omni_common.errors import InvalidRequest
+from omni_engine.vllm_settings import VllmSettings
+
+Role = Literal["prefill", "decode", "both"]
+_KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """What one engine start needs: vLLM arguments, environment, and where its KV events come out."""
+
+    arguments: dict[str, Any]
+    environment: dict[str, str]
+    engine_id: str
+    events_endpoint: str | None
+
+
+def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role) -> LaunchPlan:
+    """Arguments and environment of an engine.
+
+    Raises:
+        InvalidRequest: the model directory has no config.json, or its architecture cannot use the cache dtype.
+    """
+    config = _model_config(model_dir)
+    _check_cache_dtype(settings, config)
+    engine_id = uuid.uuid4().hex
+    endpoint = f"ipc://{tempfile.mkdtemp(prefix='omni-kv-')}/events" if settings.kv_events else None
+    arguments: dict[str, Any] = {
+        "model": str(model_dir),
+        "served_model_name": model,
+        "dtype": settings.dtype,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "enforce_eager": _eager(settings),
+        "worker_extension_cls": "omni_engine.vllm_worker.LeaseExtension",
+    }
+    optional = {"max_model_len": settings.max_model_len, "block_size": settings.block_size}
+    arguments |= {name: value for name, value in optional.items() if value is not None}
+    cache_gib = settings.kv_cache_gib or (1.0 if settings.platform == "cpu" else None)
+    if cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(cache_gib * _GIB)
+    if settings.kv_connector:
+        arguments["kv_transfer_config"] = _kv_transfer(settings, role, engine_id)
+    if endpoint:
+        arguments["kv_events_config"] = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+    return LaunchPlan(arguments | settings.engine_args, _environment(settings), engine_id, endpoint)
+
+
+def _kv_transfer(settings: VllmSettings, role: Role, engine_id: str) -> dict[str, Any]:
+    return {
+        "kv_connector": settings.kv_connector,
+        "kv_role": _KV_ROLES[role],
+        "engine_id": engine_id,
+        "kv_buffer_device": "cpu" if settings.platform == "cpu" else "cuda",
+        # A pull that fails is computed again on the decode engine instead of failing the request.
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": int(settings.lease_s)},
+    }
+
+
+def _environment(settings: VllmSettings) -> dict[str, str]:
+    environment = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": settings.kv_host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(settings.kv_port or _free_port(settings.kv_host)),
+        "VLLM_NIXL_ABORT_REQUEST_TIMEOUT": str(int(settings.lease_s)),
+        "UCX_TLS": settings.kv_transports,
+        "UCX_NET_DEVICES": settings.kv_net_devices,
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if settings.cores and settings.platform == "cpu":
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = settings.cores
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        environment["VLLM_LOGGING_LEVEL"] = "WARNING"
+    return environment
+
+
+def _eager(settings: VllmSettings) -> bool:
+    if settings.enforce_eager is not None:
+        return settings.enforce_eager
+    return settings.platform == "cpu" and not any(map(shutil.which, ("g++", "clang++")))
+
+
+def _model_config(model_dir: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"model_dir {model_dir}: no readable config.json: {error}", field="model_dir") from None
+    return config
+
+
+def _check_cache_dtype(settings: VllmSettings, config: dict[str, Any]) -> None:
+    uses_mla = bool(config.get("kv_lora_rank"))
+    if settings.platform == "cpu" and uses_mla and settings.kv_cache_dtype.startswith("fp8"):
+        raise InvalidRequest(
+            "kv_cache_dtype fp8 cannot run with multi-head latent attention on CPU; use auto",
+            field="vllm.kv_cache_dtype",
+        )
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,221 @@
+"""What vLLM's engine core reports each step, sorted by who waits for it. Pure bookkeeping, no I/O."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni_engine import ports
+from omni_engine.ports import EngineStats, FinishReason, Logprobs, SequenceOutput, SequenceStart, StepSink, Timings
+
+_REASONS = {
+    "stop": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "abort": FinishReason.ABORT,
+    "error": FinishReason.ERROR,
+    "repetition": FinishReason.STOP,
+}
+_STEP_SMOOTHING = 0.1
+_IDLE_GAP_S = 1.0
+
+
+@dataclass(slots=True)
+class PendingPrefill:
+    """A prompt being computed; `done` gets vLLM's only output for it. `core_id` is vLLM's name of it."""
+
+    core_id: str
+    request_id: str
+    num_tokens: int
+    submitted_s: float
+    done: asyncio.Future[tuple[Any, float]]
+
+
+@dataclass(slots=True)
+class RunningSequence:
+    core_id: str
+    request_id: str
+    num_tokens: int
+    submitted_s: float
+    sink: StepSink
+    expects_pull: bool
+    queued_s: float = 0.0
+    scheduled_s: float = 0.0
+    num_scheduled: int = 0
+    cached_tokens: int = 0
+    pulled_tokens: int = 0
+    has_started: bool = False
+
+
+@dataclass(slots=True)
+class Tracker:
+    """Work in flight by vLLM's request id, and the counters `EngineStats` is read from."""
+
+    prefills: dict[str, PendingPrefill] = field(default_factory=dict)
+    sequences: dict[str, RunningSequence] = field(default_factory=dict)
+    queued_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    step_ms: float = 0.0
+    generated_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    _last_step_s: float = 0.0
+    _was_busy: bool = False
+
+    def add(self, work: PendingPrefill | RunningSequence) -> None:
+        self.queued_tokens += work.num_tokens
+        if isinstance(work, PendingPrefill):
+            self.prefills[work.core_id] = work
+        else:
+            self.sequences[work.core_id] = work
+
+    def drop(self, core_id: str) -> PendingPrefill | RunningSequence | None:
+        """Forget work that will give no further output."""
+        if (prefill := self.prefills.pop(core_id, None)) is not None:
+            self.queued_tokens -= prefill.num_tokens
+            return prefill
+        if (sequence := self.sequences.pop(core_id, None)) is not None and not sequence.has_started:
+            self.queued_tokens -= sequence.num_tokens
+        return sequence
+
+    def core_ids(self, request_ids: Sequence[str]) -> list[str]:
+        wanted = frozenset(request_ids)
+        return [
+            w.core_id for table in (self.prefills, self.sequences) for w in table.values() if w.request_id in wanted
+        ]
+
+    def step(self, outputs: Any) -> list[Any]:
+        """Take one step's outputs: wake prefills, call each sink once. Returns outputs nobody waits for."""
+        self._count(outputs)
+        unclaimed: list[Any] = []
+        by_sink: dict[StepSink, list[SequenceOutput]] = {}
+        for output in outputs.outputs:
+            if (sequence := self.sequences.get(output.request_id)) is not None:
+                by_sink.setdefault(sequence.sink, []).append(self._advance(sequence, output, outputs.timestamp))
+            elif output.request_id in self.prefills:
+                self._finish_prefill(output, outputs.timestamp)
+            else:
+                unclaimed.append(output)
+        for sink, batch in by_sink.items():
+            sink(batch)
+        return unclaimed
+
+    def fail_all(self, detail: str) -> None:
+        """The engine is dead: end everything."""
+        by_sink: dict[StepSink, list[SequenceOutput]] = {}
+        for sequence in self.sequences.values():
+            by_sink.setdefault(sequence.sink, []).append(
+                SequenceOutput(sequence.request_id, (), finish_reason=FinishReason.ERROR, detail=detail)
+            )
+        for prefill in self.prefills.values():
+            prefill.done.cancel()
+        self.sequences.clear()
+        self.prefills.clear()
+        self.queued_tokens = self.running = self.waiting = 0
+        for sink, batch in by_sink.items():
+            sink(batch)
+
+    def stats(self, leases: int) -> EngineStats:
+        return EngineStats(
+            running=self.running,
+            waiting=self.waiting,
+            queued_tokens=self.queued_tokens,
+            kv_usage=self.kv_usage,
+            leases=leases,
+            step_ms=self.step_ms,
+            generated_tokens=self.generated_tokens,
+            computed_prompt_tokens=self.computed_prompt_tokens,
+        )
+
+    def _count(self, outputs: Any) -> None:
+        if (stats := outputs.scheduler_stats) is not None:
+            self.running = stats.num_running_reqs
+            self.waiting = stats.num_waiting_reqs + getattr(stats, "num_skipped_waiting_reqs", 0)
+            self.kv_usage = stats.kv_cache_usage
+        if outputs.outputs:
+            gap_s = outputs.timestamp - self._last_step_s
+            if self._was_busy and 0 < gap_s < _IDLE_GAP_S:
+                self.step_ms += _STEP_SMOOTHING * (gap_s * 1e3 - self.step_ms)
+            self._last_step_s = outputs.timestamp
+        self._was_busy = self.running > 0
+
+    def _finish_prefill(self, output: Any, timestamp_s: float) -> None:
+        prefill = self.prefills.pop(output.request_id)
+        self.queued_tokens -= prefill.num_tokens
+        self.generated_tokens += len(output.new_token_ids)
+        if (stats := output.prefill_stats) is not None:
+            self.computed_prompt_tokens += stats.num_computed_tokens
+        if not prefill.done.done():
+            prefill.done.set_result((output, timestamp_s))
+
+    def _advance(self, sequence: RunningSequence, output: Any, timestamp_s: float) -> SequenceOutput:
+        _note_events(sequence, output)
+        tokens = output.new_token_ids
+        self.generated_tokens += len(tokens)
+        result = SequenceOutput(sequence.request_id, tokens)
+        if tokens and not sequence.has_started:
+            sequence.has_started = True
+            self.queued_tokens -= sequence.num_tokens
+            result.start = _start(sequence, timestamp_s)
+            self.computed_prompt_tokens += sequence.num_tokens - sequence.cached_tokens - result.start.pulled_tokens
+        if output.new_logprobs is not None:
+            result.logprobs = logprobs_of(output.new_logprobs)
+        if output.finish_reason is not None:
+            result.finish_reason = _REASONS[str(output.finish_reason)]
+            self.drop(sequence.core_id)
+        return result
+
+
+def logprobs_of(lists: Any) -> Logprobs:
+    """vLLM's arrays (tokens, 1 + n) as flat lists, the sampled token first in each row."""
+    return Logprobs(
+        width=lists.logprob_token_ids.shape[1],
+        token_ids=lists.logprob_token_ids.ravel().tolist(),
+        logprobs=lists.logprobs.ravel().tolist(),
+        sampled_ranks=lists.sampled_token_ranks.ravel().tolist(),
+    )
+
+
+def finish_reason_of(output: Any) -> ports.FinishReason | None:
+    return None if output.finish_reason is None else _REASONS[str(output.finish_reason)]
+
+
+def prefill_timings(output: Any, submitted_s: float, timestamp_s: float) -> Timings:
+    """Queue until first scheduled, compute until the output; both on the machine's monotonic clock."""
+    scheduled_s = next((e.timestamp for e in output.events or () if e.type.name == "SCHEDULED"), submitted_s)
+    return Timings(
+        queue_ms=max(0.0, scheduled_s - submitted_s) * 1e3,
+        compute_ms=max(0.0, timestamp_s - scheduled_s) * 1e3,
+        total_ms=max(0.0, timestamp_s - submitted_s) * 1e3,
+    )
+
+
+def _note_events(sequence: RunningSequence, output: Any) -> None:
+    for event in output.events or ():
+        if event.type.name == "QUEUED":
+            sequence.queued_s = event.timestamp
+        elif event.type.name == "SCHEDULED":
+            sequence.scheduled_s = event.timestamp
+    if (stats := output.prefill_stats) is not None:
+        sequence.cached_tokens = stats.num_local_cached_tokens
+        sequence.pulled_tokens = stats.num_external_cached_tokens
+
+
+def _start(sequence: RunningSequence, timestamp_s: float) -> SequenceStart:
+    scheduled_s = sequence.scheduled_s or sequence.submitted_s
+    waited_ms = max(0.0, scheduled_s - sequence.submitted_s) * 1e3
+    was_pulled = sequence.pulled_tokens > 0
+    timings = Timings(
+        queue_ms=0.0 if was_pulled else waited_ms,
+        transfer_ms=waited_ms if was_pulled else 0.0,
+        compute_ms=max(0.0, timestamp_s - scheduled_s) * 1e3,
+        total_ms=max(0.0, timestamp_s - sequence.submitted_s) * 1e3,
+    )
+    # All of the prompt may be in the local cache; then nothing had to be pulled and nothing failed.
+    is_covered = sequence.pulled_tokens + sequence.cached_tokens >= sequence.num_tokens - 1
+    return SequenceStart(
+        cached_tokens=sequence.cached_tokens,
+        pulled_tokens=sequence.pulled_tokens,
+        fell_back=sequence.expects_pull and not is_covered,
+        timings=timings,
+    )

@@ -1,0 +1,47 @@
+"""Settings of the vLLM engine. Imports nothing of vLLM, so that services can read them without it."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Accepted by vLLM's CPU platform without a check, and wrong there: no error, wrong tokens.
+WRONG_ON_CPU = frozenset({"int8_per_token_head", "int8_per_token", "fp8_per_token_head"})
+
+
+class VllmSettings(BaseModel):
+    """How one vLLM engine runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    platform: Literal["cpu", "cuda", "ascend"] = "cpu"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    kv_cache_gib: float | None = Field(None, gt=0, description="Memory for KV blocks; on CPU the default is 1 GiB")
+    kv_cache_dtype: str = "auto"
+    block_size: int | None = Field(None, ge=1, description="Tokens per KV block; default is the platform's (CPU: 128)")
+    max_model_len: int | None = Field(None, ge=1)
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(4096, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    cores: str | None = Field(None, description="CPU cores of the engine's workers, e.g. '0-3' or '0-1|2-3' for two")
+    enforce_eager: bool | None = Field(
+        None, description="No torch.compile; default: only where no C++ compiler is found"
+    )
+    enable_prefix_caching: bool = True
+    kv_connector: Literal["NixlConnector", ""] = "NixlConnector"
+    kv_host: str = Field("127.0.0.1", description="Address other engines reach the KV connector's side channel by")
+    kv_port: int = Field(0, ge=0, le=65535, description="Side channel port; 0 picks a free one")
+    kv_transports: str = Field("shm,cma,tcp,self", description="UCX transports; 'rc,tcp,self' or similar between hosts")
+    kv_net_devices: str = Field("lo", description="UCX network devices; 'all' between hosts")
+    lease_s: float = Field(30.0, ge=6, description="How long a finished prefill's blocks wait to be pulled")
+    kv_events: bool = True
+    warmup_tokens: int = Field(200, ge=0, description="Length of the warm-up prompt; 0 skips the warm-up")
+    start_timeout_s: float = Field(600.0, gt=0)
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="More vLLM engine arguments, by their names")
+
+    @model_validator(mode="after")
+    def _refuse_wrong_cache_dtypes(self) -> Self:
+        if self.platform == "cpu" and self.kv_cache_dtype in WRONG_ON_CPU:
+            raise ValueError(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} gives wrong tokens on CPU without an error; use auto or fp8"
+            )
+        return self
