@@ -35,7 +35,7 @@ _LIMITS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-_SERVER_ONLY = [("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000), ("grpc.so_reuseport", 0)]
+_SERVER_ONLY = [("grpc.http2.min_ping_interval_without_data_ms", 5_000), ("grpc.so_reuseport", 0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,11 @@ class Server:
         reflection.enable_server_reflection(names, self._server)
         self.port = 0
 
-    async def start(self, address: str) -> int:
-        """Bind `host:port` (port 0 picks a free one) and accept calls; returns the port."""
+    async def start(self, address: str, *, serving: bool = True) -> int:
+        """Bind `host:port` (port 0 picks a free one) and accept calls; returns the port.
+
+        With `serving` False health answers NOT_SERVING until `set_serving(True)`.
+        """
         credentials = _server_credentials(self._tls)
         try:
             if credentials is None:
@@ -150,8 +153,8 @@ class Server:
                 self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
+        await self.set_serving(serving)
         await self._server.start()
-        await self.set_serving(True)
         return self.port
 
     async def set_serving(self, serving: bool) -> None:

@@ -1,0 +1,256 @@
+"""The `omni` command: arguments in, exit code out."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from omni_cli import __version__, doctor, logfiles, report
+from omni_cli.chat import Answer, ChatClient
+from omni_cli.errors import CliError, InvalidOptions, NoSuchStack
+from omni_cli.facts import probe_facts
+from omni_cli.machine import find_root
+from omni_cli.plan import StackOptions
+from omni_cli.state import StackState, StateFiles
+from omni_cli.status import read_all
+from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
+
+EXIT_UNHEALTHY = 3
+FOLLOW_INTERVAL_S = 0.2
+DEFAULT_MODEL = Path("models") / "tiny-moe"
+
+app = typer.Typer(
+    name="omni",
+    help="Run an Omni stack on this machine and look at it.\n\nStart with [bold]omni doctor[/], then [bold]omni up[/].",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Home = Annotated[
+    Path | None,
+    typer.Option(envvar="OMNI_CLI_HOME", help="Where state and logs lie.", show_default="<checkout>/.omni"),
+]
+Name = Annotated[str | None, typer.Option(help="The stack's name.", show_default="p<port>, or the only stack")]
+Port = Annotated[int | None, typer.Option(help="The stack by its port.")]
+
+
+def _examples(*lines: str, exit_codes: str = "") -> str:
+    head = f"Exit code: {exit_codes}.\n\n" if exit_codes else ""
+    return head + "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+def _files(home: Path | None) -> StateFiles:
+    return StateFiles((home or find_root(Path.cwd()) / ".omni").resolve())
+
+
+def _chosen(files: StateFiles, name: str | None, port: int | None) -> StackState:
+    """The stack meant by --name or --port, or the only one there is."""
+    if name is not None:
+        return files.load(name)
+    states = list(files.all())
+    if port is not None:
+        states = [state for state in states if state.url.endswith(f":{port}")]
+    if len(states) == 1:
+        return states[0]
+    known = ", ".join(state.name for state in files.all()) or "none"
+    raise NoSuchStack(f"say which stack with --name or --port (known: {known})")
+
+
+@app.command(
+    epilog=_examples(
+        "omni up",
+        "omni up --engine sim --prefill 2 --decode 4 --port 8100 --detach",
+        "omni up --redis redis://cache:6379 --otlp http://collector:4317 --model ~/models/Qwen3-30B-A3B",
+    )
+)
+def up(
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill engines; 0 lets decode engines do both.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode engines.")] = 1,
+    engine: Annotated[
+        str, typer.Option(help="[bold]vllm[/], or [bold]sim[/]: no model runs, timing is simulated.")
+    ] = "vllm",
+    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="models/tiny-moe")] = None,
+    host: Annotated[str, typer.Option(help="Address the proxy listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the proxy; all others are free ones.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of this stack.", show_default="p<port>")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when healthy; stop with omni down.")] = False,
+    redis: Annotated[str | None, typer.Option(help="Redis URL.", show_default="an embedded server")] = None,
+    otlp: Annotated[str | None, typer.Option(help="OTLP gRPC endpoint for traces.")] = None,
+    kv_cache_gib: Annotated[float | None, typer.Option(min=0.01, help="KV cache of each engine, GiB.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt + answer, tokens.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="How long to wait until all is healthy.")] = 600,
+    ask: Annotated[bool, typer.Option(help="Ask a first question when healthy.")] = True,
+    home: Home = None,
+) -> None:
+    """Start a stack: Redis, kvstore, placement, prefill and decode engines, proxy.
+
+    Shows each service while it comes up, then a first streamed answer, and stays until Ctrl-C. A service that dies
+    meanwhile is started again. Several stacks run side by side under different --port. Engines get cores of their
+    own where there are enough. Settings of single services come from the environment (OMNI_PROXY_MAX_INFLIGHT=64).
+    """
+    root, files = find_root(Path.cwd()), _files(home)
+    stack_name = name or f"p{port}"
+    options = StackOptions(
+        name=stack_name, directory=files.directory(stack_name), model_dir=(model or root / DEFAULT_MODEL).resolve(),
+        prefill=prefill, decode=decode, engine=engine, host=host, port=port, redis_url=redis, otlp_endpoint=otlp,
+        kv_cache_gib=kv_cache_gib, max_model_len=max_model_len,
+    )  # fmt: skip
+    bringup = Bringup(detach=detach, timeout_s=timeout_s, ask=ask)
+    asyncio.run(bring_up(options, bringup, files, root, os.environ, Console()))
+
+
+@app.command(epilog=_examples("omni down", "omni down --port 8100", "omni down --all"))
+def down(
+    name: Name = None,
+    port: Port = None,
+    every: Annotated[bool, typer.Option("--all", help="Every stack of this home.")] = False,
+    timeout_s: Annotated[float, typer.Option(min=0, help="Time to finish running requests.")] = STOP_TIMEOUT_S,
+    home: Home = None,
+) -> None:
+    """Stop a stack: running requests finish, what does not stop in time is killed.
+
+    Only processes the stack started are touched: they are known by pid and start time.
+    """
+    files, console = _files(home), Console()
+    states = list(files.all()) if every else [_chosen(files, name, port)]
+    if not states:
+        console.print("no stack is recorded")
+    for state in states:
+        killed = asyncio.run(bring_down(state, files, timeout_s))
+        console.print(f"{state.name} stopped" + (f"; killed: {', '.join(killed)}" if killed else ""), highlight=False)
+
+
+@app.command(
+    epilog=_examples(
+        "omni status", "omni status --json | jq .stacks", exit_codes="0 all healthy, 3 not, 4 nothing runs"
+    )
+)
+def status(
+    name: Name = None,
+    port: Port = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    home: Home = None,
+) -> None:
+    """Services, their health and ports, and the workers the proxy sees, for every stack or one."""
+    files = _files(home)
+    states = [_chosen(files, name, port)] if name is not None or port is not None else list(files.all())
+    stacks = asyncio.run(read_all(states))
+    if as_json:
+        print(json.dumps({"stacks": [stack.to_json() for stack in stacks]}, indent=2))
+    else:
+        report.show_stacks(stacks, Console())
+    if not stacks:
+        raise typer.Exit(NoSuchStack.exit_code)
+    if not all(stack.is_healthy for stack in stacks):
+        raise typer.Exit(EXIT_UNHEALTHY)
+
+
+@app.command(
+    epilog=_examples("omni chat", "omni chat 'What is a mixture of experts?'", "omni chat --system 'Answer in rhymes.'")
+)
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="One question; left out: a conversation.")] = None,
+    url: Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Bound of one answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, show_default="the model's")] = None,
+    name: Name = None,
+    home: Home = None,
+) -> None:
+    """Talk to a stack; answers stream. Ctrl-D or an empty line ends a conversation."""
+    client = ChatClient(url or _chosen(_files(home), name, None).url)
+    messages = [{"role": "system", "content": system}] if system else []
+    try:
+        model = client.model()
+        while question := prompt if prompt is not None else _read_question():
+            messages.append({"role": "user", "content": question})
+            answer = Answer()
+            for piece in client.stream(model, messages, answer, max_tokens=max_tokens, temperature=temperature):
+                print(piece, end="", flush=True)
+            print()
+            messages.append({"role": "assistant", "content": answer.text})
+            if prompt is not None:
+                return
+    finally:
+        client.close()
+
+
+def _read_question() -> str:
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+
+
+@app.command(
+    "doctor",
+    epilog=_examples("omni doctor", "omni doctor --redis redis://cache:6379 --json", exit_codes="1 if a check fails"),
+)
+def doctor_command(
+    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="models/tiny-moe")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port a proxy would take.")] = 8000,
+    redis: Annotated[str | None, typer.Option(help="Redis URL to try.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check this machine and environment, and say how to mend what is wrong."""
+    root = find_root(Path.cwd())
+    checks = doctor.examine(probe_facts(root, (model or root / DEFAULT_MODEL).resolve(), port, redis))
+    if as_json:
+        print(json.dumps({name: asdict(check) for name, check in checks.items()}, indent=2))
+    else:
+        report.show_checks(checks, Console())
+    raise typer.Exit(1 if doctor.has_failed(checks) else 0)
+
+
+@app.command(epilog=_examples("omni logs", "omni logs decode-0 -f", "omni logs proxy --lines 200"))
+def logs(
+    service: Annotated[str | None, typer.Argument(help="proxy, prefill-0, ...; left out: all of them.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many to begin with.")] = 40,
+    name: Name = None,
+    port: Port = None,
+    home: Home = None,
+) -> None:
+    """Show the logs of a stack's services, made readable. They stay after the stack has stopped (--name)."""
+    files = _files(home)
+    stack = name if name is not None else _chosen(files, None, port).name
+    paths = {path.stem: path for path in sorted(files.logs(stack).glob("*.log"))}
+    if service is not None and service not in paths:
+        raise InvalidOptions(f"no log of {service!r} in stack {stack!r} (there are: {', '.join(paths) or 'none'})")
+    chosen = {service: paths[service]} if service is not None else paths
+    followers = {key: logfiles.Follower(path) for key, path in chosen.items()}
+    for key, path in chosen.items():
+        for line in logfiles.tail(path, lines):
+            print(f"{key:<12} {line}")
+    while follow:
+        for key, follower in followers.items():
+            for line in follower.new_lines():
+                print(f"{key:<12} {line}", flush=True)
+        time.sleep(FOLLOW_INTERVAL_S)
+
+
+@app.command()
+def version() -> None:
+    """Print the version of this command."""
+    print(__version__)
+
+
+def main() -> None:
+    """Entry point: errors of this package become one line and an exit code."""
+    try:
+        app()
+    except CliError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

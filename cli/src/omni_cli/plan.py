@@ -1,0 +1,222 @@
+"""Options and machine in, processes out. Pure: nothing is started, opened or read here.
+
+StackOptions + Machine + free ports -> StackPlan
+                                         └── ProcessSpec per process: module, environment, port, probe
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from pathlib import Path
+
+from omni_cli.errors import InvalidOptions, NotEnoughMemory
+
+GIB = 1024**3
+ENGINE_PROCESS_BYTES = {"vllm": 3 * GIB, "sim": GIB // 4}
+DEFAULT_KV_CACHE_GIB = {"vllm": 1.0, "sim": 0.0}
+OTHER_SERVICES_BYTES = GIB
+MAX_CORES_PER_ENGINE = 16
+
+
+class Probe(StrEnum):
+    """How a process is asked whether it is ready."""
+
+    GRPC_HEALTH = "grpc"
+    HTTP_READY = "http"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan may use: logical cores this process may run on, and memory that is free."""
+
+    cores: tuple[int, ...]
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StackOptions:
+    """What was asked for; see `omni up --help`."""
+
+    name: str
+    directory: Path
+    model_dir: Path
+    prefill: int = 1
+    decode: int = 1
+    engine: str = "vllm"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    redis_url: str | None = None
+    otlp_endpoint: str | None = None
+    kv_cache_gib: float | None = None
+    max_model_len: int | None = None
+
+    @property
+    def engines(self) -> int:
+        return self.prefill + self.decode
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process: `python -m omni_<service>` with `environment` on top of the caller's."""
+
+    name: str
+    service: str
+    environment: Mapping[str, str]
+    host: str
+    port: int
+    probe: Probe = Probe.GRPC_HEALTH
+    metrics_port: int | None = None
+    cores: str | None = None
+
+    @property
+    def module(self) -> str:
+        return f"omni_{self.service}"
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class StackPlan:
+    """Every process in starting order, and what the reader should know about the choices made."""
+
+    name: str
+    specs: tuple[ProcessSpec, ...]
+    workers: int
+    notes: tuple[str, ...]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.specs[-1].address}"
+
+
+def plan_stack(options: StackOptions, machine: Machine, ports: Iterator[int]) -> StackPlan:
+    """Choose ports, cores and settings of every process.
+
+    Raises:
+        InvalidOptions: counts or engine out of range.
+        NotEnoughMemory: the engines would not fit; the message gives both figures.
+    """
+    _check(options)
+    notes = [*_memory_notes(options, machine)]
+    ranges = split_cores(machine.cores, options.engines)
+    if options.engine == "vllm" and len(machine.cores) < options.engines:
+        notes.append(f"{options.engines} engines share {len(machine.cores)} core(s): each token takes longer")
+    kvstore, placement = _kvstore(options, ports), _placement(options, ports)
+    roles = ["prefill"] * options.prefill + ["decode"] * options.decode
+    indexes = [*range(options.prefill), *range(options.decode)]
+    engines = [
+        _engine(options, role, index, kvstore.address, cores, ports)
+        for role, index, cores in zip(roles, indexes, ranges, strict=True)
+    ]
+    specs = (kvstore, placement, *engines, _proxy(options, kvstore.address))
+    return StackPlan(options.name, specs, options.engines, tuple(notes))
+
+
+def split_cores(cores: Sequence[int], engines: int) -> list[str]:
+    """One range for each engine, disjoint while there are cores enough, else shared in turn.
+
+    One core is left to the other services where every engine has at least two without it.
+    """
+    if not cores:
+        raise InvalidOptions("this process may not run on any core")
+    usable = list(cores)
+    if len(usable) > 2 * engines:
+        usable = usable[1:]
+    if len(usable) < engines:
+        return [str(usable[i % len(usable)]) for i in range(engines)]
+    share = min(len(usable) // engines, MAX_CORES_PER_ENGINE)
+    return [_as_ranges(usable[i * share : (i + 1) * share]) for i in range(engines)]
+
+
+def _as_ranges(cores: Sequence[int]) -> str:
+    """`0-2,5` for 0, 1, 2, 5."""
+    parts = []
+    for _, group in groupby(enumerate(cores), lambda pair: pair[1] - pair[0]):
+        run = [core for _, core in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ",".join(parts)
+
+
+def _check(options: StackOptions) -> None:
+    if options.engine not in ENGINE_PROCESS_BYTES:
+        raise InvalidOptions(f"--engine {options.engine!r}: choose one of {', '.join(ENGINE_PROCESS_BYTES)}")
+    if options.prefill < 0 or options.decode < 1:
+        raise InvalidOptions("at least one decode worker is needed (--decode 1); --prefill may be 0")
+    if not 1 <= options.port <= 65535:
+        raise InvalidOptions(f"--port {options.port} is not between 1 and 65535")
+
+
+def _memory_notes(options: StackOptions, machine: Machine) -> list[str]:
+    kv_gib = DEFAULT_KV_CACHE_GIB[options.engine] if options.kv_cache_gib is None else options.kv_cache_gib
+    each = ENGINE_PROCESS_BYTES[options.engine] + int(kv_gib * GIB)
+    needed = options.engines * each + OTHER_SERVICES_BYTES
+    figures = (
+        f"{options.engines} engine(s) of about {each / GIB:.1f} GiB and the other services need "
+        f"{needed / GIB:.1f} GiB; {machine.available_bytes / GIB:.1f} GiB are free"
+    )
+    if needed > machine.available_bytes:
+        raise NotEnoughMemory(f"{figures}. Use fewer engines, a smaller --kv-cache-gib, or --engine sim")
+    return [figures] if needed > 0.8 * machine.available_bytes else []
+
+
+def _shared(options: StackOptions, service: str, metrics_port: int | None) -> dict[str, str]:
+    prefix = f"OMNI_{service.upper()}_"
+    values = {"HOST": options.host if service == "proxy" else "127.0.0.1", "LOG_FORMAT": "json"}
+    if metrics_port is not None:
+        values["METRICS_PORT"] = str(metrics_port)
+    if options.otlp_endpoint:
+        values["OTLP_ENDPOINT"] = options.otlp_endpoint
+    return {prefix + name: value for name, value in values.items()}
+
+
+def _kvstore(options: StackOptions, ports: Iterator[int]) -> ProcessSpec:
+    port, metrics = next(ports), next(ports)
+    environment = _shared(options, "kvstore", metrics) | {"OMNI_KVSTORE_PORT": str(port)}
+    if options.redis_url:
+        environment |= {"OMNI_KVSTORE_REDIS_URL": options.redis_url, "OMNI_KVSTORE_CLUSTER": options.name}
+    else:
+        environment["OMNI_KVSTORE_EMBEDDED_REDIS_DIR"] = str(options.directory / "redis")
+    return ProcessSpec("kvstore", "kvstore", environment, "127.0.0.1", port, metrics_port=metrics)
+
+
+def _placement(options: StackOptions, ports: Iterator[int]) -> ProcessSpec:
+    port, metrics = next(ports), next(ports)
+    environment = _shared(options, "placement", metrics) | {
+        "OMNI_PLACEMENT_PORT": str(port),
+        "OMNI_PLACEMENT_STATE_DIR": str(options.directory / "placement"),
+    }
+    return ProcessSpec("placement", "placement", environment, "127.0.0.1", port, metrics_port=metrics)
+
+
+def _engine(
+    options: StackOptions, role: str, index: int, kvstore: str, cores: str, ports: Iterator[int]
+) -> ProcessSpec:
+    port, metrics = next(ports), next(ports)
+    values = {
+        "WORKER_ID": f"{options.name}-{role}-{index}",
+        "PORT": str(port),
+        "KVSTORE": kvstore,
+        "MODEL_DIR": str(options.model_dir),
+        "ENGINE": options.engine,
+    }
+    if options.engine == "vllm":
+        values |= {"VLLM__CORES": cores, "VLLM__KV_PORT": str(next(ports))}
+        if options.kv_cache_gib is not None:
+            values["VLLM__KV_CACHE_GIB"] = str(options.kv_cache_gib)
+        if options.max_model_len is not None:
+            values["VLLM__MAX_MODEL_LEN"] = str(options.max_model_len)
+    environment = _shared(options, role, metrics) | {f"OMNI_{role.upper()}_{k}": v for k, v in values.items()}
+    pinned = cores if options.engine == "vllm" else None
+    return ProcessSpec(f"{role}-{index}", role, environment, "127.0.0.1", port, metrics_port=metrics, cores=pinned)
+
+
+def _proxy(options: StackOptions, kvstore: str) -> ProcessSpec:
+    environment = _shared(options, "proxy", None) | {
+        "OMNI_PROXY_PORT": str(options.port),
+        "OMNI_PROXY_KVSTORE": kvstore,
+        "OMNI_PROXY_MODEL_DIR": str(options.model_dir),
+    }
+    return ProcessSpec("proxy", "proxy", environment, options.host, options.port, probe=Probe.HTTP_READY)

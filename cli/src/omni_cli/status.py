@@ -1,0 +1,64 @@
+"""`omni status`: what runs, and whether it is well."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omni_cli.probes import Health, Phase, probe, workers_seen
+from omni_cli.state import ProcessRecord, StackState
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """One recorded process and its health."""
+
+    name: str
+    pid: int
+    phase: Phase
+    address: str
+    metrics: str | None
+    cores: str | None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StackStatus:
+    """One stack. `workers` is the fleet as the proxy sees it; None if it cannot be asked."""
+
+    name: str
+    url: str
+    is_supervised: bool
+    expected_workers: int
+    services: tuple[ServiceStatus, ...]
+    workers: tuple[dict[str, Any], ...] | None
+
+    @property
+    def is_healthy(self) -> bool:
+        ready = bool(self.services) and all(s.phase is Phase.READY for s in self.services)
+        return ready and (self.workers is None or len(self.workers) >= self.expected_workers)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"is_healthy": self.is_healthy}
+
+
+async def read_status(state: StackState) -> StackStatus:
+    """Probe every process of a stack at once."""
+    services, workers = await asyncio.gather(
+        asyncio.gather(*(_service(record) for record in state.processes)), workers_seen(state.url)
+    )
+    supervised = state.supervisor is not None and state.supervisor.process() is not None
+    seen = None if workers is None else tuple(workers)
+    return StackStatus(state.name, state.url, supervised, state.workers, tuple(services), seen)
+
+
+async def read_all(states: Sequence[StackState]) -> list[StackStatus]:
+    return list(await asyncio.gather(*(read_status(state) for state in states)))
+
+
+async def _service(record: ProcessRecord) -> ServiceStatus:
+    is_alive = record.process() is not None
+    health = await probe(record.probe, record.address) if is_alive else Health(Phase.DEAD)
+    metrics = f"http://127.0.0.1:{record.metrics_port}/metrics" if record.metrics_port else None
+    detail = health.detail if health.phase is not Phase.READY else ""
+    return ServiceStatus(record.name, record.pid, health.phase, record.address, metrics, record.cores, detail)

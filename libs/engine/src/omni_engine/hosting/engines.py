@@ -1,0 +1,25 @@
+"""The engines a worker can host, by the name in its settings."""
+
+from collections.abc import Callable, Mapping
+
+from omni_common.errors import InvalidRequest
+from omni_engine.hosting.settings import WorkerSettings
+from omni_engine.ports import Engine
+
+
+def _vllm(settings: WorkerSettings) -> Engine:
+    if settings.model_dir is None:
+        raise InvalidRequest("the vllm engine needs a model_dir", field="model_dir")
+    # Imported here: a worker with a simulated engine runs where vLLM's dependencies are not installed.
+    from omni_engine.vllm import VllmEngine
+
+    return VllmEngine(settings.vllm, settings.model_dir, settings.model_name, settings.role)
+
+
+def _sim(settings: WorkerSettings) -> Engine:
+    from omni_engine.sim import SimEngine
+
+    return SimEngine(settings.sim.for_model(settings.model_dir), settings.model_name)
+
+
+ENGINES: Mapping[str, Callable[[WorkerSettings], Engine]] = {"vllm": _vllm, "sim": _sim}

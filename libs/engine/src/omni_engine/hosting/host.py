@@ -1,0 +1,155 @@
+"""A worker process: one engine behind the services of its role, registered with the kvstore."""
+
+import asyncio
+import logging
+import time
+
+from prometheus_client import CollectorRegistry
+
+from omni.decode.v1.decode_service_pb2_grpc import add_DecodeServiceServicer_to_server
+from omni.engine.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from omni.prefill.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_to_server
+from omni_common.errors import OmniError
+from omni_common.rpc import Server, Servicer, channel, run_until_signal
+from omni_common.telemetry import set_up
+from omni_engine.hosting.admission import Admission
+from omni_engine.hosting.background import Background
+from omni_engine.hosting.engines import ENGINES
+from omni_engine.hosting.events import BlockRelay
+from omni_engine.hosting.identity import Identity
+from omni_engine.hosting.membership import Membership
+from omni_engine.hosting.metrics import LoadCollector, WorkerMetrics
+from omni_engine.hosting.mirror import BlockMirror
+from omni_engine.hosting.prefill import PrefillServicer
+from omni_engine.hosting.session import DecodeHost, DecodeServicer, SessionLimits
+from omni_engine.hosting.settings import WorkerSettings
+from omni_engine.hosting.worker import Worker, WorkerServicer
+from omni_engine.ports import Engine
+
+log = logging.getLogger(__name__)
+
+
+class WorkerHost:
+    """Owns the engine and everything around it. Use `start`, `serve` in a task, then `drain` and `close`."""
+
+    def __init__(self, settings: WorkerSettings, engine: Engine, registry: CollectorRegistry) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._background = Background()
+        self.admission = Admission(settings.model_name)
+        self.identity = Identity(settings.role, time.time_ns() // 1_000_000, settings.labels)
+        self.worker = Worker(engine, self.admission, self.identity)
+        self._metrics = WorkerMetrics(registry)
+        registry.register(LoadCollector(self.worker.stats, lambda: self.admission.refused))
+        self.server = Server(self._servicers(), settings.tls)
+
+    async def start(self) -> int:
+        """Accept connections, health NOT_SERVING; returns the port."""
+        settings = self._settings
+        port = await self.server.start(f"{settings.host}:{settings.port}", serving=False)
+        self.identity.bind(settings, port)
+        log.info("listening", extra={"address": self.identity.address, "worker_id": self.identity.worker_id})
+        return port
+
+    async def serve(self) -> str:
+        """Load the engine and take work; returns why the engine died. Raises what `Engine.start` raises."""
+        started_s = time.monotonic()
+        await self._engine.start()
+        info = self._engine.info
+        self.admission.open(info.max_num_seqs + self._settings.max_queued)
+        await self.server.set_serving(True)
+        log.info(
+            "serving",
+            extra={
+                "address": self.identity.address,
+                "worker_id": self.identity.worker_id,
+                "role": self.identity.role,
+                "model": info.model,
+                "engine": f"{info.engine} {info.engine_version}",
+                "load_s": round(time.monotonic() - started_s, 2),
+            },
+        )
+        try:
+            return await self._live()
+        finally:
+            self.admission.close()
+
+    async def drain(self) -> None:
+        """Refuse new work and let what runs finish, within the time the settings give."""
+        drained = await self.worker.drain(self._settings.drain_timeout_s)
+        log.info("drained" if drained else "drain time is up", extra={"running": self.admission.active})
+
+    async def close(self) -> None:
+        """Stop the server and the engine."""
+        await self.server.stop(0.5)
+        await self._background.close()
+        await self._engine.close()
+
+    async def _live(self) -> str:
+        if not self._settings.kvstore:
+            return await self._engine.wait_dead()
+        async with (
+            channel(self._settings.kvstore, tls=self._settings.tls) as kvstore,
+            asyncio.TaskGroup() as group,
+        ):
+            info, identity, settings = self._engine.info, self.identity, self._settings
+            mirror = BlockMirror(info.model, info.block_size, settings.max_mirrored_blocks)
+            relay = BlockRelay(self._engine, kvstore, mirror, identity, settings.events_interval_s)
+            membership = Membership(kvstore, self.worker.describe(), self.admission, relay.request_snapshot)
+            tasks = [group.create_task(membership.run()), group.create_task(relay.run())]
+            reason = await self._engine.wait_dead()
+            for task in tasks:
+                task.cancel()
+        return reason
+
+    def _servicers(self) -> list[Servicer]:
+        settings, admission = self._settings, self.admission
+        limits = SessionLimits(settings.frame_window, settings.max_pending_tokens, settings.submit_timeout_s)
+        decode = DecodeHost(self._engine, admission, self._background, self._metrics, self.identity, limits)
+        prefill = PrefillServicer(self._engine, admission, self._background, self._metrics, self.identity)
+        by_role = {
+            "prefill": Servicer(prefill, add_PrefillServiceServicer_to_server, "omni.prefill.v1.PrefillService"),
+            "decode": Servicer(
+                DecodeServicer(decode), add_DecodeServiceServicer_to_server, "omni.decode.v1.DecodeService"
+            ),
+        }
+        worker = WorkerServicer(self.worker, admission, settings.drain_timeout_s)
+        mounted = [by_role[role] for role in by_role if settings.role in (role, "both")]
+        return [*mounted, Servicer(worker, add_WorkerServiceServicer_to_server, "omni.engine.v1.WorkerService")]
+
+
+async def run_worker(settings: WorkerSettings, version: str) -> int:
+    """Serve until a signal; returns the exit code, 1 when the engine could not start or died on its own."""
+    telemetry = set_up(settings, settings.name_at(settings.port), version)
+    try:
+        host = WorkerHost(settings, ENGINES[settings.engine](settings), telemetry.registry)
+        await host.start()
+    except (OmniError, OSError) as error:
+        log.error("cannot start", extra={"error": str(error)})
+        telemetry.close()
+        return 1
+    try:
+        return await _until_over(host, settings.drain_timeout_s)
+    finally:
+        await host.close()
+        telemetry.close()
+
+
+async def _until_over(host: WorkerHost, drain_timeout_s: float) -> int:
+    serving = asyncio.create_task(host.serve(), name="serve")
+    signalled = asyncio.create_task(run_until_signal(host.server, host.drain, drain_timeout_s), name="signals")
+    try:
+        await asyncio.wait({serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            return 0
+        log.error("engine gone", extra={"reason": _why(serving)})
+        return 1
+    finally:
+        for task in (serving, signalled):
+            task.cancel()
+        await asyncio.wait({serving, signalled})
+
+
+def _why(serving: "asyncio.Task[str]") -> str:
+    error = serving.exception()
+    return serving.result() if error is None else f"{type(error).__name__}: {error}"

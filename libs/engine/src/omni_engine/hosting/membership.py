@@ -1,0 +1,109 @@
+"""The worker's lease with the kvstore: registered while it lives, gone when it leaves."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+import grpc
+
+from omni.engine.v1.engine_pb2 import WorkerInfo
+from omni.kvstore.v1.kvstore_service_pb2 import RegisterRequest, RegisterResponse
+from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceStub
+from omni_engine.hosting.admission import Admission
+
+log = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 5.0
+_LEAVE_TIMEOUT_S = 1.0
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.1, 2.0
+
+
+class Membership:
+    """Keeps one Register stream open for ever. Its loss is logged once per outage and never stops serving."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, info: WorkerInfo, admission: Admission, on_snapshot_wanted: Callable[[], None]
+    ) -> None:
+        self._stub = KvStoreServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._info = info
+        self._admission = admission
+        self._on_snapshot_wanted = on_snapshot_wanted
+        self._is_registered = False
+        self._is_outage_logged = False
+
+    @property
+    def is_registered(self) -> bool:
+        return self._is_registered
+
+    async def run(self) -> None:
+        """Register, renew, reconnect. Cancelling it leaves the cluster."""
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            try:
+                await self._hold()
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError) as error:
+                self._note_outage(error)
+            backoff_s = _FIRST_BACKOFF_S if self._is_registered else min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            self._is_registered = False
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+
+    async def _hold(self) -> None:
+        """One stream: info first, then a heartbeat every third of the lease and at once when draining changes."""
+        call = self._stub.Register()
+        try:
+            request = RegisterRequest(info=self._info, draining=self._admission.is_draining)
+            while True:
+                response = await self._exchange(call, request)
+                self._note_answer(response)
+                await self._pause(response.lease_s / 3, request.draining)
+                request = RegisterRequest(draining=self._admission.is_draining)
+        except asyncio.CancelledError:
+            await self._leave(call)
+            raise
+        finally:
+            call.cancel()
+
+    async def _exchange(
+        self, call: "grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]", request: RegisterRequest
+    ) -> RegisterResponse:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            await call.write(request)
+            response = await call.read()
+        if not isinstance(response, RegisterResponse):
+            raise TimeoutError("the kvstore ended the stream")
+        return response
+
+    async def _pause(self, seconds: float, told_draining: bool) -> None:
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + max(0.05, seconds)
+        while (remaining_s := until_s - loop.time()) > 0 and self._admission.is_draining == told_draining:
+            await self._admission.changed(remaining_s)
+
+    async def _leave(self, call: "grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]") -> None:
+        if not self._is_registered:
+            return
+        try:
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await call.write(RegisterRequest(leave=True))
+                await call.done_writing()
+                while isinstance(await call.read(), RegisterResponse):
+                    pass
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError):
+            log.info("left without the kvstore's answer; the lease will end by itself")
+
+    def _note_answer(self, response: RegisterResponse) -> None:
+        if not self._is_registered:
+            log.info("registered", extra={"epoch": response.epoch, "lease_s": response.lease_s})
+        self._is_registered = True
+        self._is_outage_logged = False
+        if response.wants_snapshot:
+            self._on_snapshot_wanted()
+
+    def _note_outage(self, error: Exception) -> None:
+        if self._is_outage_logged:
+            return
+        self._is_outage_logged = True
+        code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
+        detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else ""
+        log.warning("kvstore not reached; serving goes on", extra={"code": code, "detail": detail})

@@ -1,0 +1,86 @@
+"""Prometheus metrics of a worker. Load is read from the engine when scraped."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from omni_engine.ports import EngineStats, SequenceStart
+
+_PREFILL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class WorkerMetrics:
+    """Counters and histograms the hosting writes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._prefill_s = Histogram(
+            "omni_worker_prefill_seconds",
+            "Prefill from acceptance to answer",
+            buckets=_PREFILL_BUCKETS_S,
+            registry=registry,
+        )
+        self._prompt = Counter(
+            "omni_worker_prompt_tokens_total", "Prompt tokens, by where they came from", ["source"], registry=registry
+        )
+        self._pulls = Counter("omni_worker_pulls_total", "Sequences whose blocks were pulled", registry=registry)
+        self._fallbacks = Counter(
+            "omni_worker_fallbacks_total", "Pulls that failed, so that the prompt was computed here", registry=registry
+        )
+        self._aborts = Counter("omni_worker_aborts_total", "Work ended early, by cause", ["cause"], registry=registry)
+        self._sessions_broken = Counter(
+            "omni_worker_sessions_overrun_total", "Sessions ended because their peer did not read", registry=registry
+        )
+        self._transfer_s = Histogram(
+            "omni_worker_transfer_seconds", "Wait for pulled blocks", buckets=_PREFILL_BUCKETS_S, registry=registry
+        )
+
+    def prefill_done(self, seconds: float, prompt_tokens: int, cached_tokens: int) -> None:
+        self._prefill_s.observe(seconds)
+        self._prompt.labels("cached").inc(cached_tokens)
+        self._prompt.labels("computed").inc(prompt_tokens - cached_tokens)
+
+    def sequence_started(self, start: SequenceStart, prompt_tokens: int) -> None:
+        self._prompt.labels("cached").inc(start.cached_tokens)
+        self._prompt.labels("pulled").inc(start.pulled_tokens)
+        self._prompt.labels("computed").inc(max(0, prompt_tokens - start.cached_tokens - start.pulled_tokens))
+        if start.pulled_tokens:
+            self._pulls.inc()
+            self._transfer_s.observe(start.timings.transfer_ms / 1e3)
+        if start.fell_back:
+            self._fallbacks.inc()
+
+    def aborted(self, cause: str, count: int = 1) -> None:
+        self._aborts.labels(cause).inc(count)
+
+    def session_overrun(self) -> None:
+        self._sessions_broken.inc()
+
+
+class LoadCollector(Collector):
+    """Gauges and totals out of the engine's own stats."""
+
+    def __init__(self, read: Callable[[], EngineStats | None], refused: Callable[[], int]) -> None:
+        self._read = read
+        self._refused = refused
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily("omni_worker_refused", "Work that was not taken", value=self._refused())
+        stats = self._read()
+        if stats is None:
+            return
+        gauges = {
+            "omni_worker_running": ("Sequences in the running batch", stats.running),
+            "omni_worker_waiting": ("Sequences not scheduled yet", stats.waiting),
+            "omni_worker_queued_tokens": ("Accepted prompt tokens not computed yet", stats.queued_tokens),
+            "omni_worker_kv_usage_ratio": ("Share of KV blocks in use", stats.kv_usage),
+            "omni_worker_leases": ("Finished prefills still held", stats.leases),
+            "omni_worker_step_seconds": ("Moving average of an engine step", stats.step_ms / 1e3),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily("omni_worker_generated_tokens", "Tokens generated", value=stats.generated_tokens)
+        yield CounterMetricFamily(
+            "omni_worker_computed_prompt_tokens", "Prompt tokens computed", value=stats.computed_prompt_tokens
+        )

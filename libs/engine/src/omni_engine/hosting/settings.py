@@ -1,0 +1,50 @@
+"""What every engine-hosting service can be told."""
+
+import socket
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from omni_common.settings import ServiceSettings
+from omni_engine.sim.settings import SimSettings
+from omni_engine.vllm_settings import VllmSettings
+
+EngineRole = Literal["prefill", "decode", "both"]
+
+
+class WorkerSettings(ServiceSettings):
+    """Fields of a worker. A service derives, sets `service` and the role it takes by default."""
+
+    worker_id: str = Field("", description="Unique in a cluster; default <service>-<hostname>-<port>")
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+    advertise_host: str = Field("", description="Host other services reach this worker by; default is `host`")
+    role: EngineRole = "both"
+    kvstore: str = Field("", description="host:port of the kvstore; empty: no membership and no block events")
+    model_dir: Path | None = Field(None, description="Directory of the model; the simulated engine can do without")
+    served_model_name: str = Field("", description="Default: the name of the model's directory")
+    engine: Literal["vllm", "sim"] = "vllm"
+    vllm: VllmSettings = VllmSettings.model_validate({})
+    sim: SimSettings = SimSettings.model_validate({})
+    labels: dict[str, str] = Field(default_factory=dict, description="Published with the worker, e.g. host or rack")
+
+    max_queued: int = Field(256, ge=0, description="Sequences and prefills accepted beyond max_num_seqs")
+    frame_window: int = Field(64, ge=1, description="Frames sent before an acknowledgement is awaited")
+    max_pending_tokens: int = Field(65_536, ge=1, description="Unsent tokens at which a session is ended")
+    submit_timeout_s: float = Field(10.0, gt=0, description="How long the engine may take to accept a sequence")
+    events_interval_s: float = Field(0.05, gt=0, description="Block events are published in batches this far apart")
+    max_mirrored_blocks: int = Field(1_000_000, ge=1, description="Blocks whose keys are remembered for the kvstore")
+
+    @property
+    def model_name(self) -> str:
+        """The name requests must carry."""
+        return self.served_model_name or (self.model_dir.resolve().name if self.model_dir else "sim")
+
+    def name_at(self, port: int) -> str:
+        """The worker's name once its port is known."""
+        return self.worker_id or f"{self.service}-{socket.gethostname()}-{port}"
+
+    def address_at(self, port: int) -> str:
+        """Where other services reach the worker once its port is known."""
+        return f"{self.advertise_host or self.host}:{port}"

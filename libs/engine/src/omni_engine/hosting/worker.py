@@ -1,0 +1,121 @@
+"""WorkerService: what the worker is, how loaded it is, and how it is emptied."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from omni.engine.v1.engine_pb2 import WorkerInfo
+from omni.engine.v1.worker_service_pb2 import (
+    DescribeRequest,
+    DescribeResponse,
+    DrainRequest,
+    DrainResponse,
+    WatchStatsRequest,
+    WatchStatsResponse,
+)
+from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceServicer
+from omni_common.errors import Unavailable
+from omni_engine.hosting.admission import Admission
+from omni_engine.hosting.identity import Identity
+from omni_engine.hosting.wire import info_to_wire
+from omni_engine.ports import Engine, EngineStats
+
+_DEFAULT_INTERVAL_MS = 50
+_SHORTEST_INTERVAL_MS = 10
+_LONGEST_SILENCE_S = 1.0
+_LEASE_POLL_S = 0.05
+_ANSWER_MARGIN_S = 0.2
+
+
+class Worker:
+    """One engine in its cluster: describes itself, reports load, drains."""
+
+    def __init__(self, engine: Engine, admission: Admission, identity: Identity) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._identity = identity
+
+    def describe(self) -> WorkerInfo:
+        """Raises Unavailable until the engine is loaded."""
+        if not self._admission.is_ready:
+            raise Unavailable("the engine is not ready", reason="loading", retry_after_s=1.0)
+        identity = self._identity
+        return info_to_wire(
+            self._engine.info,
+            identity.worker_id,
+            identity.address,
+            identity.role,
+            identity.epoch,
+            dict(identity.labels),
+        )
+
+    def stats(self) -> EngineStats | None:
+        """None until the engine is loaded."""
+        return self._engine.stats() if self._admission.is_ready else None
+
+    @property
+    def leases(self) -> int:
+        stats = self.stats()
+        return stats.leases if stats else 0
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new work and wait until nothing runs and no lease is held; False when the time is up first."""
+        self._admission.set_draining(True)
+        until_s = time.monotonic() + timeout_s
+        while self._admission.active or self.leases:
+            remaining_s = until_s - time.monotonic()
+            if remaining_s <= 0 or not self._admission.is_draining:
+                return False
+            await self._admission.changed(min(remaining_s, _LEASE_POLL_S))
+        return True
+
+    def resume(self) -> None:
+        self._admission.set_draining(False)
+
+    def load(self) -> WatchStatsResponse:
+        stats = self.stats() or EngineStats()
+        return WatchStatsResponse(
+            worker_id=self._identity.worker_id,
+            epoch=self._identity.epoch,
+            running=stats.running,
+            waiting=stats.waiting,
+            queued_tokens=stats.queued_tokens,
+            kv_usage=stats.kv_usage,
+            leases=stats.leases,
+            step_ms=stats.step_ms,
+            draining=self._admission.is_draining,
+            generated_tokens=stats.generated_tokens,
+            computed_prompt_tokens=stats.computed_prompt_tokens,
+        )
+
+
+class WorkerServicer(WorkerServiceServicer):
+    """Wire edge of `Worker`; `drain_timeout_s` holds where a caller of Drain sets no deadline."""
+
+    def __init__(self, worker: Worker, admission: Admission, drain_timeout_s: float) -> None:
+        self._worker = worker
+        self._admission = admission
+        self._drain_timeout_s = drain_timeout_s
+
+    async def Describe(self, request: DescribeRequest, context: Any) -> DescribeResponse:
+        return DescribeResponse(info=self._worker.describe())
+
+    async def WatchStats(self, request: WatchStatsRequest, context: Any) -> AsyncIterator[WatchStatsResponse]:
+        interval_s = max(_SHORTEST_INTERVAL_MS, request.min_interval_ms or _DEFAULT_INTERVAL_MS) / 1e3
+        last, sent_s = None, 0.0
+        while True:
+            load, now_s = self._worker.load(), time.monotonic()
+            if load != last or now_s - sent_s >= _LONGEST_SILENCE_S:
+                yield load
+                last, sent_s = load, now_s
+            await asyncio.sleep(interval_s)
+
+    async def Drain(self, request: DrainRequest, context: Any) -> DrainResponse:
+        if request.resume:
+            self._worker.resume()
+            return DrainResponse(drained=False, running=self._admission.active, leases=self._worker.leases)
+        remaining_s = context.time_remaining()
+        limit_s = self._drain_timeout_s if remaining_s is None else max(0.0, remaining_s - _ANSWER_MARGIN_S)
+        drained = await self._worker.drain(limit_s)
+        return DrainResponse(drained=drained, running=self._admission.active, leases=self._worker.leases)

@@ -1,0 +1,330 @@
+"""SimEngine: the `Engine` port over a scheduler, a clock and a timing model."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+import xxhash
+
+from omni_common.errors import Cancelled, FailedPrecondition, InvalidRequest, Unavailable
+from omni_engine import ports
+from omni_engine.ports import DecodeJob, EventBatch, FinishReason, KvHandle, PrefillJob, PrefillResult, SequenceOutput
+from omni_engine.sim.clock import Clock, WallClock
+from omni_engine.sim.experts import ExpertCounter
+from omni_engine.sim.leases import LeaseTable
+from omni_engine.sim.scheduler import Scheduler, Step, queued_tokens
+from omni_engine.sim.sequence import SimSequence
+from omni_engine.sim.settings import SimSettings
+from omni_engine.sim.tokens import TokenStream
+from omni_engine.sim.transfer import LeaseServer, opaque, open_pull
+
+log = logging.getLogger(__name__)
+
+VERSION = "1"
+_MAX_EVENT_BATCHES = 10_000
+_SMOOTHING = 0.1
+
+
+class SimEngine:
+    """A model that needs no hardware. `faults` may be changed while it runs."""
+
+    def __init__(self, settings: SimSettings, model: str = "sim", clock: Clock | None = None) -> None:
+        self._settings = settings
+        self._clock = clock or WallClock()
+        self._scheduler = Scheduler(settings)
+        self._work = asyncio.Event()
+        self._leases = LeaseTable(self._scheduler.pool, self._clock, settings.lease_s, self._work)
+        self._server = LeaseServer(self._leases.pin, self._free_lease, settings.lease_s)
+        self._experts = ExpertCounter(settings)
+        self._by_id: dict[str, SimSequence] = {}
+        self._events: asyncio.Queue[EventBatch] | None = None
+        self._event_sequence = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._step_ms = 0.0
+        self._generated = 0
+        self._computed_prompt = 0
+        self.faults = settings.faults.model_copy()
+        self.info = ports.EngineInfo(
+            model=model,
+            engine="sim",
+            engine_version=VERSION,
+            engine_id=uuid.uuid4().hex,
+            kv_connector="sim",
+            block_size=settings.block_size,
+            num_blocks=settings.num_blocks,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            num_moe_layers=settings.num_moe_layers,
+            num_experts=settings.num_experts,
+        )
+
+    async def start(self) -> None:
+        await self._clock.sleep(self._settings.start_s)
+        await self._server.start(self._settings.kv_host)
+        self._tasks = [
+            asyncio.create_task(self._run(), name="sim-steps"),
+            asyncio.create_task(self._leases.run(), name="sim-leases"),
+        ]
+        if self.faults.die_after_s is not None:
+            self._tasks.append(asyncio.create_task(self._die_after(self.faults.die_after_s), name="sim-death"))
+
+    async def prefill(self, job: PrefillJob) -> PrefillResult:
+        self._check(job.request_id, job.token_ids)
+        if self.faults.fail_next_prefills:
+            self.faults.fail_next_prefills -= 1
+            raise Unavailable("prefill failed on purpose", reason="fault")
+        sequence = self._sequence(job, len(job.token_ids))
+        result: asyncio.Future[PrefillResult] = asyncio.get_running_loop().create_future()
+        sequence.result = result
+        self._enqueue(sequence)
+        try:
+            return await result
+        except asyncio.CancelledError:
+            self._drop(sequence)
+            # Cancelled in the moment it finished: nobody will learn of the lease.
+            if result.done() and not result.cancelled() and result.exception() is None and result.result().kv_handle:
+                self._leases.free(job.request_id)
+            raise
+
+    async def release(self, lease_id: str) -> bool:
+        return self._leases.free(lease_id)
+
+    async def submit(self, job: DecodeJob, sink: ports.StepSink) -> None:
+        self._check(job.request_id, job.token_ids)
+        handle = job.kv_handle
+        if handle is not None and handle.block_size != self._settings.block_size:
+            raise FailedPrecondition(
+                f"blocks of {handle.block_size} tokens cannot be pulled here", reason="kv_mismatch"
+            )
+        sequence = self._sequence(job, len(job.token_ids) - job.num_output_tokens)
+        sequence.sink, sequence.handle = sink, handle
+        self._enqueue(sequence)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            sequence = self._by_id.get(request_id)
+            if sequence is None:
+                continue
+            self._drop(sequence)
+            if sequence.result is not None and not sequence.result.done():
+                sequence.result.set_exception(Cancelled("the prefill was aborted"))
+
+    def stats(self) -> ports.EngineStats:
+        scheduler = self._scheduler
+        return ports.EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(scheduler.pulling),
+            queued_tokens=queued_tokens([*self._by_id.values()]),
+            kv_usage=scheduler.pool.usage,
+            leases=len(self._leases),
+            step_ms=self._step_ms,
+            generated_tokens=self._generated,
+            computed_prompt_tokens=self._computed_prompt,
+        )
+
+    async def events(self) -> AsyncIterator[EventBatch]:
+        queue = self._events = asyncio.Queue(_MAX_EVENT_BATCHES)
+        while True:
+            yield await queue.get()
+
+    def expert_load(self) -> ports.ExpertLoad | None:
+        return self._experts.take()
+
+    async def wait_dead(self) -> str:
+        return await asyncio.shield(self._dead)
+
+    async def close(self) -> None:
+        pulls = [s.pull for s in self._scheduler.pulling if s.pull is not None]
+        for sequence in list(self._by_id.values()):
+            self._drop(sequence)
+        for task in self._tasks:
+            task.cancel()
+        if owned := [*self._tasks, *pulls]:
+            await asyncio.wait(owned)
+        await self._server.close()
+
+    def die(self, reason: str) -> None:
+        """End as a crashed engine does: everything fails, nothing is accepted any more."""
+        if self._dead.done():
+            return
+        self._dead.set_result(reason)
+        for sequence in list(self._by_id.values()):
+            self._drop(sequence)
+            if sequence.sink is not None:
+                output = SequenceOutput(sequence.request_id, (), finish_reason=FinishReason.ERROR, detail=reason)
+                sequence.sink([output])
+            elif sequence.result is not None and not sequence.result.done():
+                sequence.result.set_exception(Unavailable(reason, reason="engine_dead"))
+
+    def _check(self, request_id: str, token_ids: Sequence[int]) -> None:
+        if self._dead.done():
+            raise Unavailable(self._dead.result(), reason="engine_dead")
+        if not self._tasks:
+            raise FailedPrecondition("the engine has not started", reason="not_started")
+        if request_id in self._by_id:
+            raise InvalidRequest(f"request {request_id!r} is running", field="request_id")
+        if not 0 < len(token_ids) < self._settings.max_model_len:
+            limit = self._settings.max_model_len
+            raise InvalidRequest(f"{len(token_ids)} tokens do not fit a model length of {limit}", field="token_ids")
+
+    def _sequence(self, job: PrefillJob | DecodeJob, num_prompt: int) -> SimSequence:
+        tokens = list(job.token_ids)
+        stream = TokenStream(self._settings, tokens[:num_prompt], job.sampling)
+        return SimSequence(
+            job.request_id, tokens, num_prompt, job.sampling, stream, job.cache_salt, self._clock.now_s()
+        )
+
+    def _enqueue(self, sequence: SimSequence) -> None:
+        self._by_id[sequence.request_id] = sequence
+        self._scheduler.add(sequence)
+        self._work.set()
+
+    def _drop(self, sequence: SimSequence) -> None:
+        if self._by_id.get(sequence.request_id) is not sequence:
+            return
+        del self._by_id[sequence.request_id]
+        if sequence.pull is not None:
+            sequence.pull.cancel()
+        self._scheduler.pool.release(self._scheduler.remove(sequence))
+        self._work.set()
+
+    def _free_lease(self, lease_id: str) -> None:
+        self._leases.free(lease_id)
+
+    async def _run(self) -> None:
+        """The engine's steps, until the engine dies or is closed."""
+        while not self._dead.done():
+            step = self._scheduler.plan(self._clock.now_s())
+            for sequence in step.pulls:
+                sequence.pull = asyncio.create_task(self._pull(sequence), name="sim-pull")
+            if not step.chunks:
+                self._publish()
+                self._work.clear()
+                await self._work.wait()
+                continue
+            duration_ms = self._duration_ms(step)
+            await self._clock.sleep(duration_ms / 1e3)
+            self._step_ms += _SMOOTHING * (duration_ms - self._step_ms)
+            self._commit(step)
+            self._publish()
+
+    def _duration_ms(self, step: Step) -> float:
+        timing, total_ms = self._settings.timing, 0.0
+        prompts = [(s, n) for s, n in step.chunks if n > 1]
+        decodes = [s for s, n in step.chunks if n == 1]
+        if prompts:
+            total_ms += timing.prefill_base_ms + sum(timing.prefill_ms(n, s.computed + n) for s, n in prompts)
+        if decodes:
+            total_ms += timing.step_ms(len(decodes), sum(len(s.tokens) for s in decodes))
+        return total_ms * self.faults.slow_factor
+
+    def _commit(self, step: Step) -> None:
+        by_sink: dict[ports.StepSink, list[SequenceOutput]] = {}
+        for sequence, count in step.chunks:
+            if self._by_id.get(sequence.request_id) is not sequence or not sequence.blocks:
+                continue
+            prompt_left = max(0, sequence.num_prompt - sequence.computed)
+            self._computed_prompt += min(count, prompt_left)
+            self._experts.count(count)
+            if not self._scheduler.commit(sequence, count):
+                continue
+            self._generated += 1
+            if sequence.sink is None:
+                self._finish_prefill(sequence)
+            else:
+                by_sink.setdefault(sequence.sink, []).append(self._advance(sequence))
+        for sink, outputs in by_sink.items():
+            sink(outputs)
+
+    def _advance(self, sequence: SimSequence) -> SequenceOutput:
+        position = sequence.num_output
+        token = sequence.stream.token(position)
+        sequence.tokens.append(token)
+        sequence.generated += 1
+        output = SequenceOutput(sequence.request_id, (token,), logprobs=sequence.stream.logprobs(token))
+        if not sequence.has_started:
+            sequence.has_started = True
+            timings = self._timings(sequence)
+            output.start = ports.SequenceStart(sequence.cached, sequence.pulled, sequence.fell_back, timings)
+        output.finish_reason = sequence.stream.finish(token, position)
+        is_full = len(sequence.tokens) >= self._settings.max_model_len
+        if output.finish_reason is None and (sequence.generated >= sequence.sampling.max_tokens or is_full):
+            output.finish_reason = FinishReason.LENGTH
+        if output.finish_reason is not None:
+            self._drop(sequence)
+        return output
+
+    def _finish_prefill(self, sequence: SimSequence) -> None:
+        token = sequence.stream.token(0)
+        finish = sequence.stream.finish(token, 0)
+        timings, blocks, name = self._timings(sequence), sequence.blocks, sequence.request_id
+        handle = None
+        if finish is None:
+            sequence.blocks = []
+            self._leases.grant(name, blocks, sequence.num_prompt)
+            handle = KvHandle(
+                opaque=opaque(self._settings.kv_host, self._server.port, name),
+                engine_id=self.info.engine_id,
+                lease_id=name,
+                num_tokens=sequence.num_prompt,
+                num_blocks=len(blocks),
+                block_size=self._settings.block_size,
+                lease_s=self._settings.lease_s,
+            )
+        self._drop(sequence)
+        result = PrefillResult(token, finish, handle, sequence.cached, timings, sequence.stream.logprobs(token))
+        if sequence.result is not None and not sequence.result.done():
+            sequence.result.set_result(result)
+
+    def _timings(self, sequence: SimSequence) -> ports.Timings:
+        now_s = self._clock.now_s()
+        scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
+        return ports.Timings(
+            queue_ms=(scheduled_s - sequence.arrived_s) * 1e3,
+            compute_ms=(now_s - scheduled_s - sequence.transfer_s) * 1e3,
+            transfer_ms=sequence.transfer_s * 1e3,
+            total_ms=(now_s - sequence.arrived_s) * 1e3,
+        )
+
+    async def _pull(self, sequence: SimSequence) -> None:
+        """Fetch what the local cache lacks; where that fails the prompt is computed here."""
+        handle, sequence.handle = sequence.handle, None
+        started_s = self._clock.now_s()
+        assert handle is not None
+        arrived = sequence.cached
+        try:
+            if self._is_failing(sequence.request_id):
+                raise Unavailable("pull failed on purpose", reason="fault")
+            pull = await open_pull(handle, self._settings.pull_timeout_s)
+            try:
+                missing = max(0, pull.num_tokens - sequence.cached)
+                await self._clock.sleep(self._settings.timing.transfer_s(missing) * self.faults.slow_factor)
+            finally:
+                await pull.close()
+            sequence.pulled, arrived = missing, sequence.cached + missing
+        except Unavailable as error:
+            log.warning("pull failed; computing the prompt here", extra={"reason": error.message})
+            sequence.fell_back = True
+        sequence.transfer_s = self._clock.now_s() - started_s
+        self._scheduler.pulled(sequence, arrived)
+        self._work.set()
+
+    def _is_failing(self, request_id: str) -> bool:
+        return xxhash.xxh3_64_intdigest(request_id.encode()) / 2**64 < self.faults.fail_pulls
+
+    def _publish(self) -> None:
+        events = self._scheduler.pool.take_events()
+        if not events or self._events is None:
+            return
+        self._event_sequence += 1
+        if self.faults.drop_next_event_batches:
+            self.faults.drop_next_event_batches -= 1
+        elif not self._events.full():
+            self._events.put_nowait(EventBatch(self._event_sequence, events))
+
+    async def _die_after(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+        self.die("the simulated engine died on purpose")

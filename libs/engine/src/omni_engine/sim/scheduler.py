@@ -1,0 +1,130 @@
+"""Chunked continuous batching over the block pool: which sequence computes how many tokens in the next step. Pure."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from omni_engine.sim.blocks import BlockPool, chain_hashes
+from omni_engine.sim.sequence import SimSequence
+from omni_engine.sim.settings import SimSettings
+
+
+@dataclass(slots=True)
+class Step:
+    """Tokens to compute per sequence, and sequences whose blocks are to be pulled first."""
+
+    chunks: list[tuple[SimSequence, int]] = field(default_factory=list)
+    pulls: list[SimSequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the queue and the batch. A sequence is in exactly one of waiting, pulling, running, or in none."""
+
+    def __init__(self, settings: SimSettings) -> None:
+        self._settings = settings
+        self.pool = BlockPool(settings.num_blocks, settings.block_size)
+        self.waiting: deque[SimSequence] = deque()
+        self.running: list[SimSequence] = []
+        self.pulling: list[SimSequence] = []
+
+    def add(self, sequence: SimSequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: SimSequence) -> list[int]:
+        """Take a sequence out; its blocks become the caller's."""
+        for place in (self.running, self.pulling, self.waiting):
+            if sequence in place:
+                place.remove(sequence)
+        blocks, sequence.blocks = sequence.blocks, []
+        return blocks
+
+    def pulled(self, sequence: SimSequence, num_tokens: int) -> None:
+        """The pull ended with `num_tokens` of the prompt here; the rest is computed."""
+        self.pulling.remove(sequence)
+        self.running.append(sequence)
+        sequence.computed = max(sequence.computed, min(num_tokens, len(sequence.tokens) - 1))
+        self._register(sequence)
+
+    def plan(self, now_s: float) -> Step:
+        """The next step; empty when nothing can run."""
+        step = Step()
+        budget = self._settings.max_num_batched_tokens
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue
+            count = min(sequence.uncomputed, budget)
+            if count and self._reserve_or_preempt(sequence, count):
+                step.chunks.append((sequence, count))
+                budget -= count
+        step.chunks = [(s, n) for s, n in step.chunks if s in self.running]
+        self._admit(step, budget, now_s)
+        return step
+
+    def commit(self, sequence: SimSequence, count: int) -> bool:
+        """The step computed `count` tokens of it; True when a new token follows."""
+        sequence.computed += count
+        self._register(sequence)
+        return sequence.uncomputed == 0
+
+    def _admit(self, step: Step, budget: int, now_s: float) -> None:
+        while self.waiting and budget > 0 and self._in_batch < self._settings.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self._place(sequence):
+                return
+            self.waiting.popleft()
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = now_s
+            if sequence.handle is not None:
+                self.pulling.append(sequence)
+                step.pulls.append(sequence)
+                continue
+            self.running.append(sequence)
+            count = min(sequence.uncomputed, budget)
+            step.chunks.append((sequence, count))
+            budget -= count
+
+    @property
+    def _in_batch(self) -> int:
+        return len(self.running) + len(self.pulling)
+
+    def _place(self, sequence: SimSequence) -> bool:
+        """Hold blocks for all of its tokens, cached ones first; at least the last token is computed."""
+        size = self._settings.block_size
+        hashes = chain_hashes(sequence.tokens[:-1], size, sequence.salt)
+        blocks = self.pool.match(hashes)
+        fresh = self.pool.allocate(-(-len(sequence.tokens) // size) - len(blocks))
+        if fresh is None:
+            self.pool.release(blocks)
+            return False
+        sequence.hashes = hashes[: len(blocks)]
+        sequence.computed = len(blocks) * size
+        if not sequence.has_started:
+            sequence.cached = min(sequence.computed, sequence.num_prompt)
+        sequence.blocks = blocks + fresh
+        return True
+
+    def _reserve_or_preempt(self, sequence: SimSequence, count: int) -> bool:
+        """Hold blocks for `count` more tokens, sending the youngest back to the queue while there are none."""
+        needed = -(-(sequence.computed + count) // self._settings.block_size) - len(sequence.blocks)
+        while needed > 0 and (fresh := self.pool.allocate(needed)) is None:
+            youngest = self.running[-1]
+            self.pool.release(self.remove(youngest))
+            self.waiting.appendleft(youngest)
+            if youngest is sequence:
+                return False
+        if needed > 0 and fresh is not None:
+            sequence.blocks += fresh
+        return True
+
+    def _register(self, sequence: SimSequence) -> None:
+        """Name the blocks that have become full."""
+        size, known = self._settings.block_size, len(sequence.hashes)
+        full = sequence.computed // size
+        if full > known:
+            sequence.hashes = chain_hashes(sequence.tokens[: full * size], size, sequence.salt)
+            self.pool.register(sequence.blocks, sequence.hashes, known, sequence.tokens, sequence.salt)
+
+
+def queued_tokens(sequences: Sequence[SimSequence]) -> int:
+    """Prompt tokens not computed yet."""
+    return sum(max(0, s.num_prompt - s.computed) for s in sequences)

@@ -1,0 +1,3 @@
+"""Running sequences."""
+
+__version__ = "0.1.0"

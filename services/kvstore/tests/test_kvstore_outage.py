@@ -1,0 +1,127 @@
+"""Redis away, back, and back empty; the embedded server; settings."""
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from omni_common.errors import InvalidRequest
+from omni_common.rpc_errors import from_rpc_error
+from omni_kvstore.settings import Settings
+
+
+async def test_redis_killed_and_restarted_empty(
+    redis_server: Any, start_replica: Any, info: Any, batch: Any, keys: Any
+) -> None:
+    values = {"redis_url": redis_server.url, "lease_s": 3.0}
+    async with start_replica(**values) as one, start_replica(**values) as two:
+        view, other = one.watch(blocks=True), two.watch()
+        lease = one.register()
+        await lease.beat(info())
+        await one.publish(batch(1, ("stored", keys(1))))
+        async with two.register().beating(info("w2"), 0.2):
+            await view.until(lambda v: len(v.workers) == 2 and len(v.blocks) == 1)
+            redis_server.kill()
+            for watch in (view, other):
+                await watch.until(lambda v: v.degraded)
+            assert one.metric("degraded") == 1
+            assert (await lease.beat()).epoch == 1000
+            assert set(view.workers) == {"w1", "w2"}
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await one.lookup(keys(1))
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            late = two.watch()
+            await late.until(lambda v: v.degraded and set(v.workers) == {"w1", "w2"})
+            redis_server.start()
+            for watch in (view, other, late):
+                await watch.until(lambda v: not v.degraded and set(v.workers) == {"w1", "w2"})
+            assert (await lease.beat()).wants_snapshot
+            assert (await one.publish(batch(2, ("stored", keys(2))))).wants_snapshot
+            await one.publish(batch(3, ("stored", keys(1, 2)), snapshot=True))
+            await view.until(lambda v: len(v.blocks) == 2)
+            assert await two.lookup(keys(1, 2)) == {("w1", 1): 2}
+
+
+async def test_membership_changes_in_an_outage_reach_redis(redis_server: Any, start_replica: Any, info: Any) -> None:
+    values = {"redis_url": redis_server.url, "lease_s": 1.0}
+    async with start_replica(**values) as one, start_replica(**values) as two:
+        view, other, leaving = one.watch(), two.watch(), one.register()
+        await leaving.beat(info("gone"))
+        await one.register().beat(info("silent"))
+        await view.until(lambda v: len(v.workers) == 2)
+        redis_server.kill()
+        await view.until(lambda v: v.degraded)
+        await leaving.leave()
+        async with one.register().beating(info("new"), 0.1):
+            await view.until(lambda v: set(v.workers) == {"new"})
+            redis_server.start()
+            for watch in (view, other):
+                await watch.until(lambda v: not v.degraded and set(v.workers) == {"new"})
+
+
+async def test_starts_without_redis_and_serves_once_it_answers(
+    stopped_redis: Any, start_replica: Any, info: Any
+) -> None:
+    async with start_replica(redis_url=stopped_redis.url, wait=False) as replica:
+        health = health_pb2_grpc.HealthStub(replica.channel)  # type: ignore[no-untyped-call]
+        watching = health.Watch(health_pb2.HealthCheckRequest(), timeout=20)
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        view = replica.watch()
+        await replica.register().beat(info())
+        await view.until(lambda v: v.degraded and set(v.workers) == {"w1"})
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await replica.lookup(b"")
+        assert from_rpc_error(refused.value).reason == "redis_unreachable"
+        stopped_redis.start()
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await view.until(lambda v: not v.degraded and set(v.workers) == {"w1"})
+
+
+async def test_emptied_redis_is_noticed_without_a_broken_connection(
+    redis_server: Any, start_replica: Any, info: Any
+) -> None:
+    from redis.asyncio import Redis
+
+    async with start_replica(redis_url=redis_server.url, reconcile_s=0.1) as replica:
+        view = replica.watch()
+        await replica.register().beat(info())
+        await view.until(lambda v: v.snapshots == 1 and len(v.workers) == 1)
+        async with Redis.from_url(redis_server.url) as client:
+            await client.flushall()
+        await view.until(lambda v: v.snapshots == 2 and len(v.workers) == 1)
+
+
+async def test_module_runs_with_an_embedded_redis_and_keeps_its_data(tmp_path: Path) -> None:
+    for _ in range(2):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "omni_kvstore"),
+            env={"OMNI_KVSTORE_PORT": "0", "OMNI_KVSTORE_EMBEDDED_REDIS_DIR": str(tmp_path / "redis")},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert process.stderr is not None
+        async with asyncio.timeout(30):
+            while b'"serving"' not in (line := await process.stderr.readline()):
+                assert line, "ended before serving"
+            assert b'"port": ' in line
+            process.send_signal(signal.SIGTERM)
+            await process.communicate()
+        assert process.returncode == 0
+    assert (tmp_path / "redis" / "appendonly.aof").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        pytest.param({"OMNI_KVSTORE_CLUSTER": "a b"}, id="cluster name"),
+        pytest.param({"OMNI_KVSTORE_LEASE_S": "0"}, id="no lease"),
+        pytest.param({"OMNI_KVSTORE_REDIS": "redis://x"}, id="misspelt"),
+    ],
+)
+def test_unusable_settings_are_refused(environ: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequest):
+        Settings.load(environ)

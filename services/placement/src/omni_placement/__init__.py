@@ -1,0 +1,3 @@
+"""Expert load and layouts."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,269 @@
+"""From a generation's pieces to an HTTP answer, as raw ASGI messages."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from omni_common.errors import Cancelled, DeadlineExceeded, Internal, OmniError
+from omni_proxy.choice import Choice, Piece
+from omni_proxy.generation import Generation
+from omni_proxy.openai_answers import DONE, Envelope, Events, Usage, WholeChoice, usage_event
+from omni_proxy.openai_errors import error_body, error_event, error_headers, status_of
+from omni_proxy.ports import FinishReason, LogprobRow
+from omni_proxy.toolcalls import ToolCall, ToolCallParser
+
+log = logging.getLogger(__name__)
+
+_LAST_WORD_S = 5.0
+_SSE_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+_CLIENT_GONE_STATUS = 499
+
+RowsToJson = Callable[[Sequence[LogprobRow], int], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one API writes its answers. `echoes` are the prompts to repeat, by choice; `rows_to_json` takes an offset."""
+
+    make_events: Callable[[Envelope, int], Events]
+    object_name: str
+    whole: Callable[[Envelope, Sequence[WholeChoice], Usage], bytes]
+    rows_to_json: RowsToJson | None = None
+    parses_tool_calls: bool = False
+    echoes: Sequence[str] = ()
+
+
+class Writer(Protocol):
+    """Takes pieces; `started` tells whether the client has seen a status."""
+
+    started: bool
+
+    async def piece(self, choice: Choice, piece: Piece) -> None: ...
+
+    async def end(self) -> None: ...
+
+
+class GenerationResponse(Response):
+    """Runs a generation while it writes, and stops it when the client goes or time is over."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        make_writer: Callable[[Send, dict[str, str]], Writer],
+        model: str,
+        release: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._generation = generation
+        self._make_writer = make_writer
+        self._model = model
+        self._release = release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._work(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+            self._release()
+
+    async def _work(self, send: Send) -> None:
+        writer = self._make_writer(send, {"x-request-id": self._generation.request_id})
+        error: OmniError | None = Cancelled("the client is gone")
+        status = _CLIENT_GONE_STATUS
+        try:
+            error = await self._run(writer)
+            status = 200 if error is None else status_of(error)
+            if error is not None:
+                async with asyncio.timeout(_LAST_WORD_S):
+                    await self._send_error(send, error, writer.started)
+        except TimeoutError:
+            log.info("a client took no error")
+        finally:
+            self._generation.finished(status, self._model, error)
+
+    async def _run(self, writer: Writer) -> OmniError | None:
+        try:
+            async with asyncio.timeout_at(self._generation.deadline):
+                await self._generation.run(writer.piece)
+                await writer.end()
+        except TimeoutError:
+            return DeadlineExceeded("the request's time is over", reason="deadline")
+        except OmniError as error:
+            return error
+        except Exception as error:
+            log.exception("request failed", extra={"request_id": self._generation.request_id})
+            return Internal(f"the proxy failed: {type(error).__name__}", reason="unexpected")
+        return None
+
+    async def _send_error(self, send: Send, error: OmniError, has_started: bool) -> None:
+        if has_started:
+            await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
+            return
+        headers = error_headers(error) | {"x-request-id": self._generation.request_id}
+        await send_whole(send, status_of(error), headers, orjson.dumps(error_body(error)))
+
+
+class StreamWriter:
+    """Server-sent events. The status is sent with the first piece, so that earlier failures have their own."""
+
+    def __init__(
+        self,
+        send: Send,
+        headers: dict[str, str],
+        generation: Generation,
+        envelope: Envelope,
+        form: Form,
+        continuous: bool,
+    ) -> None:
+        self.started = False
+        self._send = send
+        self._headers = headers
+        self._generation = generation
+        self._envelope = envelope
+        self._form = form
+        self._continuous = continuous
+        self._states = [_StreamState(form.make_events(envelope, c.index)) for c in generation.choices]
+        self._is_plain = not (form.parses_tool_calls or form.rows_to_json or form.echoes or continuous)
+
+    async def piece(self, choice: Choice, piece: Piece) -> None:
+        state = self._states[choice.index]
+        if self._is_plain and state.opened and piece.finish_reason is None:
+            if piece.text:
+                body = state.events.text(piece.text, None, None)
+                await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            return
+        body = self._full_piece(state, choice, piece)
+        if not self.started:
+            self.started = True
+            await self._send(
+                {"type": "http.response.start", "status": 200, "headers": _raw(_SSE_HEADERS | self._headers)}
+            )
+        if body:
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        last = DONE
+        if self._envelope.has_usage:
+            last = usage_event(self._envelope, self._form.object_name, self._generation.usage()) + DONE
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _full_piece(self, state: "_StreamState", choice: Choice, piece: Piece) -> bytes:
+        """Everything but plain text: opening, log-probabilities, tool calls, usage, closing."""
+        parts: list[bytes] = []
+        usage = self._generation.usage_of(choice) if self._continuous else None
+        if not state.opened:
+            state.opened = True
+            parts.append(state.events.opening())
+            if self._form.echoes:
+                parts.append(state.events.text(self._form.echoes[choice.index], None, None))
+        text, calls = piece.text, list[ToolCall]()
+        if self._form.parses_tool_calls:
+            text, calls = state.calls.push(text)
+            text += state.calls.flush() if piece.finish_reason is not None else ""
+        rows = (
+            self._form.rows_to_json(piece.logprobs, state.length)
+            if self._form.rows_to_json and piece.logprobs
+            else None
+        )
+        state.length += len(text)
+        if text or rows:
+            parts.append(state.events.text(text, rows, usage))
+        if calls:
+            parts.append(state.events.calls(calls, len(state.calls.calls) - len(calls)))
+        if piece.finish_reason is not None:
+            parts.append(state.events.closing(_finish(piece.finish_reason, state.calls), piece.stop, usage))
+        return b"".join(parts)
+
+
+class WholeWriter:
+    """One JSON object at the end."""
+
+    def __init__(
+        self, send: Send, headers: dict[str, str], generation: Generation, envelope: Envelope, form: Form
+    ) -> None:
+        self.started = False
+        self._send = send
+        self._headers = headers
+        self._generation = generation
+        self._envelope = envelope
+        self._form = form
+        self._pieces: list[list[Piece]] = [[] for _ in generation.choices]
+
+    async def piece(self, choice: Choice, piece: Piece) -> None:
+        self._pieces[choice.index].append(piece)
+
+    async def end(self) -> None:
+        choices = [self._whole_choice(index, pieces) for index, pieces in enumerate(self._pieces)]
+        body = self._form.whole(self._envelope, choices, self._generation.usage())
+        self.started = True
+        await send_whole(self._send, 200, self._headers | {"content-type": "application/json"}, body)
+
+    def _whole_choice(self, index: int, pieces: Sequence[Piece]) -> WholeChoice:
+        text = "".join(piece.text for piece in pieces)
+        last = pieces[-1]
+        parser = ToolCallParser()
+        if self._form.parses_tool_calls:
+            shown, _ = parser.push(text)
+            text = shown + parser.flush()
+        if self._form.echoes:
+            text = self._form.echoes[index] + text
+        rows = [row for piece in pieces for row in piece.logprobs]
+        return WholeChoice(
+            index=index,
+            text=text,
+            finish_reason=_finish(last.finish_reason, parser),
+            stop=last.stop,
+            logprobs=self._form.rows_to_json(rows, 0) if self._form.rows_to_json else None,
+            tool_calls=parser.calls,
+        )
+
+
+@dataclass(slots=True)
+class _StreamState:
+    events: Events
+    opened: bool = False
+    length: int = 0
+    calls: ToolCallParser = field(default_factory=ToolCallParser)
+
+
+async def send_whole(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    """A complete answer with its length."""
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": _raw({**headers, "content-length": str(len(body))}),
+        }
+    )
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _finish(reason: FinishReason | None, parser: ToolCallParser) -> str:
+    if reason is FinishReason.STOP and parser.calls:
+        return "tool_calls"
+    return str(reason or FinishReason.ERROR)
+
+
+def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+
+
+async def _disconnected(receive: Receive) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        while (await receive())["type"] != "http.disconnect":
+            pass

@@ -1,0 +1,97 @@
+"""The only place that constructs collaborators."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+from fastapi import FastAPI
+from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry
+
+from omni_common.rpc import channel
+from omni_proxy.admission import Admission
+from omni_proxy.fleet import Fleet, Worker
+from omni_proxy.http import Api, HttpLimits, create_app
+from omni_proxy.ledger import Ledger
+from omni_proxy.links import WorkerLink
+from omni_proxy.membership import KvStoreMembership, StaticMembership
+from omni_proxy.metrics import Metrics
+from omni_proxy.openai_requests import Served
+from omni_proxy.roster import Roster
+from omni_proxy.scheduling.policy import POLICIES
+from omni_proxy.scheduling.prefix import PrefixHistory
+from omni_proxy.sequence import Limits, Scheduler
+from omni_proxy.settings import Settings
+from omni_proxy.status import StatusPages
+from omni_proxy.text import ModelText
+
+_RELEASE_KV = "omni.prefill.v1.PrefillService/ReleaseKv"
+_DESCRIBE = "omni.engine.v1.WorkerService/Describe"
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A running proxy: the ASGI application, and what its owner watches."""
+
+    app: FastAPI
+    fleet: Fleet
+    admission: Admission
+
+
+@asynccontextmanager
+async def running(settings: Settings, registry: CollectorRegistry, tracer: Tracer) -> AsyncIterator[Proxy]:
+    """Build the proxy and keep its connections while the block runs."""
+    text = ModelText(settings.model_dir)
+    metrics = Metrics(registry)
+    fleet = Fleet(settings.model, Ledger(), PrefixHistory(settings.history_blocks))
+    admission = Admission(settings.max_inflight, metrics)
+    proxy_id = settings.proxy_id or f"proxy-{socket.gethostname()}-{os.getpid()}"
+
+    def connect(address: str) -> grpc.aio.Channel:
+        return channel(address, tls=settings.tls, idempotent=(_RELEASE_KV, _DESCRIBE))
+
+    def link(worker: Worker) -> WorkerLink:
+        return WorkerLink(
+            worker,
+            connect(worker.address),
+            proxy_id,
+            settings.connect_timeout_s,
+            settings.stats_interval_ms,
+            metrics,
+            fleet.signal,
+        )
+
+    async with Roster(fleet, link, settings.request_timeout_s) as roster:
+        kvstore = KvStoreMembership(settings.kvstore, connect, roster) if settings.kvstore else None
+        statics = [StaticMembership(a, connect, roster, settings.connect_timeout_s) for a in settings.workers]
+        pages = StatusPages(fleet, admission, metrics, kvstore, settings.model)
+        api = _api(settings, text, fleet, metrics, admission, tracer)
+        sources = [asyncio.create_task(s.run()) for s in ([kvstore] if kvstore else []) + statics]
+        try:
+            yield Proxy(create_app(api, pages), fleet, admission)
+        finally:
+            for source in sources:
+                source.cancel()
+            await asyncio.gather(*sources, return_exceptions=True)
+
+
+def _api(
+    settings: Settings, text: ModelText, fleet: Fleet, metrics: Metrics, admission: Admission, tracer: Tracer
+) -> Api:
+    policy = POLICIES[settings.policy](settings.disaggregate_min_tokens)
+    limits = Limits(settings.max_attempts, settings.resume_timeout_s)
+    defaults = text.sampling_defaults if settings.generation_defaults == "model" else {}
+    return Api(
+        scheduler=Scheduler(fleet, policy, metrics, settings.model, limits),
+        text=text,
+        served=Served(
+            settings.model, settings.model_aliases, text.vocab_size, defaults, settings.max_sequences_per_request
+        ),
+        admission=admission,
+        limits=HttpLimits(settings.max_body_bytes, settings.body_timeout_s, settings.request_timeout_s),
+        tracer=tracer,
+    )

@@ -1,0 +1,57 @@
+"""What decode is told after a prefill, and why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from omni_proxy.ports import KvHandle
+from omni_proxy.sampling import Sampling
+
+
+class FirstToken(StrEnum):
+    """Where the client's first token comes from; every value but PREFILL means decode draws it."""
+
+    PREFILL = "prefill"
+    DECODE_ALONE = "decode_alone"
+    SEEDED = "recompute_seeded"
+    PENALISED = "recompute_penalised"
+    FULL_BLOCK = "recompute_full_block"
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """Tokens and sampling of a Submit; `num_output_tokens` of the tokens are generated ones."""
+
+    token_ids: Sequence[int]
+    num_output_tokens: int
+    sampling: Sampling
+    first_token: FirstToken
+
+
+def first_token_source(prompt_length: int, sampling: Sampling, handle: KvHandle | None) -> FirstToken:
+    """Whether the prefill's token may stand, or decode must draw the first token itself.
+
+    A seeded generator's state and the penalties' output counts live in the engine that drew the token, so a
+    sequence split after it would differ from an undivided one. A prompt of whole blocks is a connector limit:
+    the generated token would start a block that the holder does not have.
+    """
+    if handle is None:
+        return FirstToken.DECODE_ALONE
+    if sampling.seed is not None and sampling.temperature > 0:
+        return FirstToken.SEEDED
+    if sampling.presence_penalty != 0 or sampling.frequency_penalty != 0:
+        return FirstToken.PENALISED
+    if handle.block_size > 0 and prompt_length % handle.block_size == 0:
+        return FirstToken.FULL_BLOCK
+    return FirstToken.PREFILL
+
+
+def continuation(
+    prompt: Sequence[int], generated: Sequence[int], sampling: Sampling, first_token: FirstToken
+) -> Continuation:
+    """Continue after `generated` (what the client has), or start if that is empty."""
+    count = len(generated)
+    if not count:
+        return Continuation(prompt, 0, sampling, first_token)
+    left = replace(sampling, max_tokens=sampling.max_tokens - count, min_tokens=max(0, sampling.min_tokens - count))
+    return Continuation([*prompt, *generated], count, left, first_token)

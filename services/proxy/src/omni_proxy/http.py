@@ -1,0 +1,248 @@
+"""The REST surface: routes, bodies in, answers out."""
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from opentelemetry.trace import Tracer
+from starlette.exceptions import HTTPException
+from starlette.types import Send
+
+from omni_common.errors import InvalidRequest, NotFound, OmniError
+from omni_proxy import __version__
+from omni_proxy.admission import Admission
+from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer
+from omni_proxy.fields import Fields
+from omni_proxy.generation import Generation, token_limits
+from omni_proxy.lifecycle import check_room
+from omni_proxy.openai_answers import (
+    ChatEvents,
+    CompletionEvents,
+    Envelope,
+    chat_answer,
+    completion_answer,
+)
+from omni_proxy.openai_errors import error_body, error_headers, status_of
+from omni_proxy.openai_logprobs import chat_logprobs, completion_logprobs
+from omni_proxy.openai_requests import (
+    Options,
+    Served,
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_json,
+    parse_tokenize,
+)
+from omni_proxy.sequence import Scheduler
+from omni_proxy.status import StatusPages
+from omni_proxy.text import ModelText
+from omni_proxy.tracing import RequestTrace
+
+_DISCARD_FACTOR = 8
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    max_body_bytes: int
+    body_timeout_s: float
+    request_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """The generating routes; one method per route."""
+
+    scheduler: Scheduler
+    text: ModelText
+    served: Served
+    admission: Admission
+    limits: HttpLimits
+    tracer: Tracer
+
+    async def chat(self, request: Request) -> Response:
+        chat = parse_chat(await self._fields(request), self.served)
+        rows = None
+        if chat.options.sampling.logprobs is not None:
+            rows = lambda found, _: chat_logprobs(found, self.text.token_text)  # noqa: E731
+        form = Form(ChatEvents, ChatEvents.object_name, chat_answer, rows, chat.parses_tool_calls)
+
+        async def prompts() -> list[Sequence[int]]:
+            rendered = self.text.render(chat.messages, tools=chat.tools or None, **chat.template)
+            return [await self.text.encode(rendered, add_special_tokens=False)]
+
+        return await self._generate(request, "chatcmpl", chat.options, 1, prompts, form, "messages")
+
+    async def completions(self, request: Request) -> Response:
+        asked = parse_completion(await self._fields(request), self.served)
+        rows = None
+        if asked.options.sampling.logprobs is not None:
+            rows = lambda found, offset: completion_logprobs(found, self.text.token_text, offset)  # noqa: E731
+        echoes = [self._as_text(p) for p in asked.prompts for _ in range(asked.options.n)] if asked.echo else ()
+        form = Form(CompletionEvents, CompletionEvents.object_name, completion_answer, rows, echoes=echoes)
+
+        async def prompts() -> list[Sequence[int]]:
+            special = asked.add_special_tokens
+            return [
+                await self.text.encode(p, add_special_tokens=special) if isinstance(p, str) else p
+                for p in asked.prompts
+            ]
+
+        return await self._generate(request, "cmpl", asked.options, len(asked.prompts), prompts, form, "prompt")
+
+    async def tokenize(self, request: Request) -> Response:
+        asked = parse_tokenize(await self._fields(request), self.served)
+        text = asked.prompt
+        if text is None:
+            text = self.text.render(asked.messages, tools=asked.tools or None, **asked.template)
+        tokens = await self.text.encode(text, add_special_tokens=asked.add_special_tokens)
+        return _json({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
+
+    async def detokenize(self, request: Request) -> Response:
+        tokens = parse_detokenize(await self._fields(request), self.served)
+        return _json({"prompt": self.text.decode(tokens, skip_special_tokens=False)})
+
+    async def models(self, request: Request) -> Response:
+        names = (self.served.model, *self.served.aliases)
+        return _json({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model_id"]
+        if name not in (self.served.model, *self.served.aliases):
+            raise NotFound(f"the model {name!r} does not exist here", field="model", reason="model_not_found")
+        return _json(self._model(name))
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.scheduler.fleet.max_model_len or self.text.context_length
+
+    async def _generate(
+        self,
+        request: Request,
+        prefix: str,
+        options: Options,
+        num_prompts: int,
+        make_prompts: Callable[[], Awaitable[list[Sequence[int]]]],
+        form: Form,
+        field: str,
+    ) -> Response:
+        release = self.admission.enter(num_prompts * options.n)
+        try:
+            prompts = await make_prompts()
+            max_model_len = self.max_model_len
+            for index, tokens in enumerate(prompts):
+                name = field if num_prompts == 1 else f"{field}[{index}]"
+                if not tokens:
+                    raise InvalidRequest(f"{name}: has no tokens", field=name, reason="empty_prompt")
+                check_room(len(tokens), max_model_len, name)
+            limits = token_limits(options, [len(p) for p in prompts], max_model_len)
+            trace = RequestTrace(self.tracer, request.headers)
+            generation = Generation(
+                self.scheduler, self.text, options, prompts, limits, request_id_of(request),
+                self.limits.request_timeout_s, trace,
+            )  # fmt: skip
+        except BaseException:
+            release()
+            raise
+        envelope = Envelope(f"{prefix}-{generation.request_id}", int(time.time()), options.model, options.include_usage)
+
+        def writer(send: Send, headers: dict[str, str]) -> Writer:
+            if options.stream:
+                return StreamWriter(send, headers, generation, envelope, form, options.continuous_usage)
+            return WholeWriter(send, headers, generation, envelope, form)
+
+        return GenerationResponse(generation, writer, options.model, release)
+
+    async def _fields(self, request: Request) -> Fields:
+        return parse_json(await read_body(request, self.limits))
+
+    def _as_text(self, prompt: str | Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.text.decode(prompt)
+
+    def _model(self, name: str) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "omni",
+            "root": self.served.model,
+            "parent": None,
+            "max_model_len": self.max_model_len,
+        }
+
+
+async def read_body(request: Request, limits: HttpLimits) -> bytes:
+    """The whole body, refused as soon as it is too long or too slow."""
+    too_large = InvalidRequest(f"the body is larger than {limits.max_body_bytes} bytes", reason="body_too_large")
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limits.max_body_bytes:
+                    chunks.append(chunk)
+                    continue
+                # A client that still sends would see a reset instead of the answer; so a little more is read.
+                chunks.clear()
+                if size > _DISCARD_FACTOR * limits.max_body_bytes:
+                    break
+    except TimeoutError:
+        raise InvalidRequest(f"no whole body within {limits.body_timeout_s} s", reason="body_timeout") from None
+    if size > limits.max_body_bytes:
+        raise too_large
+    return b"".join(chunks)
+
+
+def request_id_of(request: Request) -> str:
+    """The client's id where it is short printable ASCII, or a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def create_app(api: Api, pages: StatusPages) -> FastAPI:
+    """Routes and error answers; everything they need is passed in."""
+    app = FastAPI(title="Omni", version=__version__, redirect_slashes=False)
+    for path, handler in (
+        ("/v1/chat/completions", api.chat),
+        ("/v1/completions", api.completions),
+        ("/tokenize", api.tokenize),
+        ("/detokenize", api.detokenize),
+    ):
+        app.add_api_route(path, handler, methods=["POST"], response_model=None)
+    for path, handler in (
+        ("/v1/models", api.models),
+        ("/v1/models/{model_id:path}", api.model),
+        ("/health", pages.health),
+        ("/ready", pages.ready),
+        ("/metrics", pages.metrics),
+        ("/workers", pages.workers),
+    ):
+        app.add_api_route(path, handler, methods=["GET"], response_model=None)
+
+    async def on_omni_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, OmniError)
+        status = status_of(error)
+        api.scheduler.metrics.requests.labels(str(status)).inc()
+        headers = error_headers(error) | {"x-request-id": request_id_of(request)}
+        return Response(orjson.dumps(error_body(error)), status, headers)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            wrong = InvalidRequest(f"{request.method} is not allowed here", reason="method_not_allowed")
+            return await on_omni_error(request, wrong)
+        return await on_omni_error(request, NotFound("no such path", reason="path_not_found"))
+
+    app.add_exception_handler(OmniError, on_omni_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    return app
+
+
+def _json(body: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")

@@ -1,0 +1,301 @@
+"""The life of one sequence: choose workers, prefill, decode; try again elsewhere; leave nothing behind.
+
+decide -> prefill p -> first token out -> submit to d -> tokens ... finish
+   ^          | fails: another p, else decode alone      | leg breaks: another d, from prompt + tokens sent
+   +----------+                                          +---> decide (decode only)
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from omni_common.blocks import block_keys, root_key
+from omni_common.errors import Code, DeadlineExceeded, InvalidRequest, OmniError, Unavailable
+from omni_proxy.continuation import FirstToken, continuation, first_token_source
+from omni_proxy.feed import End, Feed
+from omni_proxy.fleet import Member
+from omni_proxy.ports import FinishReason, KvHandle, PrefillAnswer, PrefillOrder, Submission
+from omni_proxy.scheduling.policy import Decision, SchedulingRequest
+from omni_proxy.sequence import Scheduler, SequenceJob, SequenceRecord, TokenBatch
+from omni_proxy.tracing import RequestTrace
+
+_FINAL = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNAUTHENTICATED, Code.DEADLINE_EXCEEDED})
+_PAUSE_S = 0.1
+_ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH})
+
+
+@dataclass(slots=True)
+class _Lease:
+    """Blocks that wait on a prefill worker, until decode has pulled them or they are given up."""
+
+    handle: KvHandle
+    kv_connector: str
+    release: Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _Progress:
+    sent: list[int] = field(default_factory=list)
+    lease: _Lease | None = None
+    first_token: FirstToken = FirstToken.DECODE_ALONE
+    excluded: set[str] = field(default_factory=set)
+    decode: str | None = None
+
+
+class SequenceRun:
+    """Runs one sequence. Close the iterator of `stream` to abort it: both legs are freed then."""
+
+    def __init__(self, scheduler: Scheduler, job: SequenceJob, trace: RequestTrace) -> None:
+        self._scheduler = scheduler
+        self._job = job
+        self._trace = trace
+        self._keys: dict[int, bytes] = {}
+        self._progress = _Progress()
+        self.record = SequenceRecord()
+
+    async def stream(self) -> AsyncGenerator[TokenBatch, None]:
+        """Token batches until one has a finish reason.
+
+        Raises:
+            OmniError: no worker could run the sequence, or go on with it.
+        """
+        try:
+            answer = await self._prefilled()
+            if answer is not None and (batch := self._first_batch(answer)) is not None:
+                yield batch
+                if batch.finish_reason is not None:
+                    return
+            for attempt in range(self._scheduler.limits.max_attempts):
+                with ExitStack() as stack:
+                    feed, member = await self._submitted(stack)
+                    while True:
+                        await feed.wait()
+                        batch = self._taken(feed)
+                        if batch.token_ids or batch.finish_reason is not None:
+                            yield batch
+                        if feed.end is not None:
+                            break
+                    if feed.end.finish_reason in _ENDED:
+                        return
+                await self._after_broken_leg(feed.end, member, attempt)
+            raise Unavailable("every attempt to decode the sequence broke", reason="attempts_exhausted")
+        finally:
+            self._give_up_lease()
+
+    def _decide(self, *, may_prefill: bool) -> Decision:
+        progress = self._progress
+        request = SchedulingRequest(
+            prompt_tokens=len(self._job.prompt),
+            may_prefill=may_prefill,
+            kv_connector=progress.lease.kv_connector if progress.lease else None,
+            excluded=frozenset(progress.excluded),
+        )
+        return self._scheduler.policy.choose(request, self._scheduler.fleet.candidates(self._block_keys))
+
+    def _block_keys(self, block_size: int) -> bytes:
+        if block_size not in self._keys:
+            root = root_key(self._scheduler.model)
+            self._keys[block_size] = block_keys(self._job.prompt, block_size, root) if block_size else b""
+        return self._keys[block_size]
+
+    async def _prefilled(self) -> PrefillAnswer | None:
+        """The answer of a prefill worker, or None when decode is to compute the prompt."""
+        for _ in range(self._scheduler.limits.max_attempts):
+            decision = self._decide(may_prefill=True)
+            self.record.decision = decision.reason
+            self._progress.decode = decision.decode
+            member = self._scheduler.fleet.get(decision.prefill) if decision.prefill else None
+            if member is None or member.prefill is None:
+                break
+            try:
+                answer = await self._prefill_on(member)
+            except OmniError as error:
+                if error.code in _FINAL:
+                    raise
+                self._count_retry("prefill")
+                self._progress.excluded.add(member.worker.id)
+                continue
+            self._scheduler.metrics.decisions.labels(decision.reason).inc()
+            return answer
+        self._scheduler.metrics.decisions.labels(self.record.decision).inc()
+        return None
+
+    async def _prefill_on(self, member: Member) -> PrefillAnswer:
+        assert member.prefill is not None
+        job, worker, fleet = self._job, member.worker, self._scheduler.fleet
+        keys = self._block_keys(worker.block_size)
+        cached = fleet.history.cached_blocks(worker.id, keys) * worker.block_size
+        order = PrefillOrder(job.request_id, self._scheduler.model, job.prompt, job.sampling, keys)
+        charge = fleet.ledger.charge(worker.id, max(0, len(job.prompt) - cached))
+        with charge, self._trace.leg("proxy.prefill", {"omni.worker_id": worker.id}) as leg:
+            answer = await member.prefill.prefill(order, self._left_s(), leg.headers)
+            leg.set({"omni.cached_tokens": answer.cached_tokens, "omni.queue_ms": answer.timings.queue_ms})
+        fleet.history.record(worker.id, keys)
+        self.record.prefill_worker = worker.id
+        self.record.cached_tokens = answer.cached_tokens
+        self.record.queue_ms = answer.timings.queue_ms
+        if answer.kv_handle is not None:
+            self._progress.lease = _Lease(answer.kv_handle, worker.kv_connector, member.prefill.release)
+        return answer
+
+    def _first_batch(self, answer: PrefillAnswer) -> TokenBatch | None:
+        """The prefill's token if it may stand; then decode goes on after it."""
+        job, progress = self._job, self._progress
+        finish = answer.finish_reason
+        if finish is None and job.sampling.max_tokens == 1:
+            finish = FinishReason.LENGTH
+        if finish is None and answer.kv_handle is not None:
+            progress.first_token = first_token_source(len(job.prompt), job.sampling, answer.kv_handle)
+            if progress.first_token is not FirstToken.PREFILL:
+                return None
+        progress.first_token = FirstToken.PREFILL
+        progress.sent.append(answer.first_token_id)
+        self._count_first_token(FirstToken.PREFILL)
+        return TokenBatch([answer.first_token_id], answer.logprobs, finish)
+
+    async def _submitted(self, stack: ExitStack) -> tuple[Feed, Member]:
+        """A feed of a decode worker that took the sequence; `stack` settles and aborts it."""
+        last: OmniError | None = None
+        give_up = asyncio.get_running_loop().time() + self._scheduler.limits.resume_timeout_s
+        may_wait = bool(self._progress.sent or self._progress.lease or self.record.retries)
+        while True:
+            try:
+                member = self._decode_member()
+            except Unavailable as unavailable:
+                if not may_wait or last is not None:
+                    raise last or unavailable from None
+                if self._progress.excluded:
+                    # Nobody else is there: a worker that broke once is better than none.
+                    self._progress.excluded.clear()
+                else:
+                    await self._fleet_change(give_up, unavailable)
+                continue
+            try:
+                return self._submit_to(member, stack), member
+            except OmniError as error:
+                last = error
+                self._progress.excluded.add(member.worker.id)
+
+    def _decode_member(self) -> Member:
+        """The decode worker decided on, or another one if that takes no work any more."""
+        progress, fleet = self._progress, self._scheduler.fleet
+        chosen, progress.decode = progress.decode, None
+        member = fleet.get(chosen) if chosen and chosen not in progress.excluded else None
+        if member is None or member.refusal is not None:
+            member = fleet.get(self._decide(may_prefill=False).decode)
+        if member is None or member.decode is None:
+            raise Unavailable("the chosen decode worker has left", reason="no_decode_worker")
+        return member
+
+    async def _fleet_change(self, give_up: float, unavailable: Unavailable) -> None:
+        try:
+            async with asyncio.timeout_at(min(give_up, self._job.deadline)):
+                await self._scheduler.fleet.changed()
+        except TimeoutError:
+            raise unavailable from None
+
+    def _submit_to(self, member: Member, stack: ExitStack) -> Feed:
+        assert member.decode is not None
+        job, progress, worker, decode = self._job, self._progress, member.worker, member.decode
+        lease = progress.lease
+        handle = lease.handle if lease and lease.kv_connector == worker.kv_connector else None
+        is_pull = handle is not None and len(progress.sent) <= 1
+        after = continuation(job.prompt, progress.sent, job.sampling, progress.first_token)
+        leg = stack.enter_context(self._trace.leg("proxy.decode", {"omni.worker_id": worker.id}))
+        uncached = 0 if is_pull else len(after.token_ids)
+        stack.enter_context(self._scheduler.fleet.ledger.charge(worker.id, uncached))
+        feed = decode.submit(
+            Submission(
+                request_id=job.request_id,
+                model=self._scheduler.model,
+                token_ids=after.token_ids,
+                num_output_tokens=after.num_output_tokens,
+                sampling=after.sampling,
+                kv_handle=handle if is_pull else None,
+                traceparent=leg.headers.get("traceparent", ""),
+                deadline_ms=max(1, int(self._left_s() * 1000)),
+            )
+        )
+        stack.callback(decode.abort, feed)
+        self.record.decode_worker = worker.id
+        return feed
+
+    def _taken(self, feed: Feed) -> TokenBatch:
+        tokens, rows = feed.take()
+        if feed.start is not None:
+            self._note_start(feed)
+        if tokens:
+            if not self._progress.sent:
+                self._count_first_token(self._progress.first_token)
+            self._progress.sent.extend(tokens)
+        finish = feed.end.finish_reason if feed.end is not None else None
+        return TokenBatch(tokens, rows, finish if finish in _ENDED else None)
+
+    def _note_start(self, feed: Feed) -> None:
+        """The pull is over: the holder has freed the blocks, or the worker did without them."""
+        start, feed.start = feed.start, None
+        assert start is not None
+        record = self.record
+        if self._progress.lease is None and not self._progress.sent:
+            record.cached_tokens = start.cached_tokens
+        if self._progress.lease is not None and start.fell_back:
+            record.fell_back = True
+            self._give_up_lease()
+        self._progress.lease = None
+        record.queue_ms += start.timings.queue_ms
+        record.transfer_ms += start.timings.transfer_ms
+        fleet = self._scheduler.fleet
+        if (member := fleet.get(record.decode_worker)) is not None:
+            fleet.history.record(record.decode_worker, self._block_keys(member.worker.block_size))
+
+    async def _after_broken_leg(self, end: End, member: Member, attempt: int) -> None:
+        """Make ready for another attempt, or raise what must not be tried again."""
+        error = end.error or Unavailable(f"the engine ended the sequence: {end.finish_reason}", reason="engine_error")
+        if error.code in _FINAL:
+            raise error
+        self._progress.excluded.add(member.worker.id)
+        if end.rejected and not self._another_decode():
+            if not self._progress.sent:
+                raise error
+            # The client has a token: a full worker is asked again rather than the stream ended.
+            await asyncio.sleep(_PAUSE_S * 4**attempt)
+        if self._progress.sent:
+            self.record.resumes += 1
+            self._scheduler.metrics.resumes.inc()
+        else:
+            self._count_retry("decode")
+
+    def _another_decode(self) -> bool:
+        try:
+            self._decide(may_prefill=False)
+        except Unavailable:
+            return False
+        return True
+
+    def _count_first_token(self, source: FirstToken) -> None:
+        self.record.first_token_source = source
+        self._scheduler.metrics.first_tokens.labels(source).inc()
+
+    def _count_retry(self, leg: str) -> None:
+        self.record.retries += 1
+        self._scheduler.metrics.retries.labels(leg).inc()
+
+    def _give_up_lease(self) -> None:
+        lease, self._progress.lease = self._progress.lease, None
+        if lease is not None:
+            lease.release(lease.handle.lease_id)
+            self._scheduler.metrics.releases.inc()
+
+    def _left_s(self) -> float:
+        left = self._job.deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise DeadlineExceeded("the request's time is over", reason="deadline")
+        return left
+
+
+def check_room(prompt_tokens: int, max_model_len: int | None, field: str) -> None:
+    """Raises `InvalidRequest` when no token can follow the prompt."""
+    if max_model_len is not None and prompt_tokens >= max_model_len:
+        message = f"the prompt has {prompt_tokens} tokens; the model holds {max_model_len} with the answer"
+        raise InvalidRequest(message, field=field, reason="context_length_exceeded")

@@ -1,0 +1,154 @@
+"""The connections to one worker: its load stream, its decode session, its prefill calls."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+
+from omni.engine.v1 import worker_service_pb2 as worker_pb
+from omni.engine.v1 import worker_service_pb2_grpc
+from omni.prefill.v1 import prefill_service_pb2 as prefill_pb
+from omni.prefill.v1 import prefill_service_pb2_grpc
+from omni_common.errors import Unavailable
+from omni_common.rpc_errors import from_rpc_error
+from omni_proxy.backoff import Backoff
+from omni_proxy.fleet import Load, Member, Role, Worker
+from omni_proxy.metrics import Metrics
+from omni_proxy.ports import PrefillAnswer, PrefillOrder
+from omni_proxy.sessions import DecodeSession
+from omni_proxy.wire import load_from_wire, prefill_from_wire, prefill_to_wire
+
+log = logging.getLogger(__name__)
+
+_RELEASE_TIMEOUT_S = 5.0
+
+
+def is_own_cancel() -> bool:
+    """The current task is being cancelled, rather than the thing it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class PrefillClient:
+    """The `PrefillPort` of one worker."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub: Any = prefill_service_pb2_grpc.PrefillServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._releases: set[asyncio.Task[None]] = set()
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Until no prefill runs."""
+        await self._idle.wait()
+
+    async def prefill(self, order: PrefillOrder, timeout_s: float, headers: Mapping[str, str]) -> PrefillAnswer:
+        self._calls += 1
+        self._idle.clear()
+        try:
+            metadata = tuple(headers.items())
+            answer = await self._stub.Prefill(prefill_to_wire(order), timeout=timeout_s, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        except asyncio.CancelledError:
+            if is_own_cancel():
+                raise
+            # grpc reports a channel that was closed under the call as a cancellation of the caller.
+            raise Unavailable("the connection to the prefill worker was closed", reason="closed") from None
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+        return prefill_from_wire(answer)
+
+    def release(self, lease_id: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._release(lease_id))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def close(self) -> None:
+        """Let running releases end; each is bounded."""
+        await asyncio.gather(*self._releases)
+
+    async def _release(self, lease_id: str) -> None:
+        try:
+            await self._stub.ReleaseKv(prefill_pb.ReleaseKvRequest(lease_id=lease_id), timeout=_RELEASE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            # The lease ends by itself; only the time until then is lost.
+            log.info("lease not released early", extra={"code": error.code().name})
+
+
+class WorkerLink:
+    """Owns a worker's channel and streams while `run` runs, and writes its `member`'s state."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        channel: grpc.aio.Channel,
+        proxy_id: str,
+        connect_timeout_s: float,
+        stats_interval_ms: int,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._channel = channel
+        self._stats: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._interval_ms = stats_interval_ms
+        self._on_change = on_change
+        self._session = (
+            DecodeSession(channel, proxy_id, connect_timeout_s, metrics, on_change)
+            if worker.role is not Role.PREFILL
+            else None
+        )
+        self._prefill = PrefillClient(channel) if worker.role is not Role.DECODE else None
+        self.member = Member(worker, self._prefill, self._session)
+
+    async def run(self) -> None:
+        """Until cancelled; then the channel is closed and every sequence on the session has ended."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch_load())
+                if self._session is not None:
+                    tasks.create_task(self._session.run())
+        finally:
+            if self._prefill is not None:
+                await self._prefill.close()
+            await self._channel.close(None)
+
+    async def wait_idle(self) -> None:
+        """Until nothing of this proxy runs on the worker."""
+        if self._prefill is not None:
+            await self._prefill.wait_idle()
+        if self._session is not None:
+            await self._session.wait_idle()
+
+    async def _watch_load(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                request = worker_pb.WatchStatsRequest(min_interval_ms=self._interval_ms)
+                async for message in self._stats.WatchStats(request):
+                    backoff.reset()
+                    self._set_load(load_from_wire(message))
+            except grpc.aio.AioRpcError as error:
+                if backoff.is_first:
+                    log.warning(
+                        "worker unreachable", extra={"worker": self.member.worker.id, "code": error.code().name}
+                    )
+            self._set_unreachable()
+            await backoff.wait()
+
+    def _set_load(self, load: Load) -> None:
+        member = self.member
+        has_changed = not member.is_reachable or member.load.draining != load.draining
+        member.load, member.is_reachable = load, True
+        if has_changed:
+            self._on_change()
+
+    def _set_unreachable(self) -> None:
+        if self.member.is_reachable:
+            self.member.is_reachable = False
+            self._on_change()

@@ -1,0 +1,1 @@
+"""Which workers a request goes to. Pure: values in, a `Decision` out."""

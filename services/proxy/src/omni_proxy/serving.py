@@ -1,0 +1,92 @@
+"""The HTTP server's process: listen, wait for a signal, drain, stop."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from opentelemetry import trace
+
+from omni_common.telemetry import set_up
+from omni_proxy import __version__
+from omni_proxy.admission import Admission
+from omni_proxy.app import running
+from omni_proxy.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `_stop_on_signal`, which drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            log.info("serving", extra={"address": host, "port": port})
+
+
+async def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT and drained."""
+    telemetry = set_up(settings, f"{settings.host}:{settings.port}", __version__)
+    try:
+        async with running(settings, telemetry.registry, trace.get_tracer("omni.proxy")) as proxy:
+            server = _Server(_config(settings, proxy.app))
+            stopper = asyncio.create_task(_stop_on_signal(server, proxy.admission, settings.drain_timeout_s))
+            try:
+                await server.serve()
+            finally:
+                stopper.cancel()
+                await asyncio.gather(stopper, return_exceptions=True)
+    finally:
+        telemetry.close()
+
+
+def _config(settings: Settings, app: object) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        ssl_certfile=settings.tls.cert_file,
+        ssl_keyfile=settings.tls.key_file,
+    )
+
+
+async def _stop_on_signal(server: uvicorn.Server, admission: Admission, drain_timeout_s: float) -> None:
+    """First signal: refuse new requests, finish the running ones. Second signal: stop at once."""
+    stop, now = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        (now if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await stop.wait()
+    log.info("draining", extra={"timeout_s": drain_timeout_s})
+    admission.is_draining = True
+    waits = [asyncio.ensure_future(admission.drained()), asyncio.ensure_future(now.wait())]
+    await asyncio.wait(waits, timeout=drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    server.should_exit = True

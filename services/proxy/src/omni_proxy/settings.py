@@ -1,0 +1,53 @@
+"""Settings of the proxy: `OMNI_PROXY_<FIELD>`."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from omni_common.settings import ServiceSettings
+from omni_proxy.scheduling.policy import POLICIES
+
+
+class Settings(ServiceSettings):
+    service: ClassVar[str] = "proxy"
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    proxy_id: str = Field("", description="Name shown to workers; empty: made from host name and process id")
+    model_dir: Path = Field(description="Directory with tokenizer.json, tokenizer_config.json, config.json")
+    served_model_name: str = Field("", description="Empty: the name of model_dir")
+    model_aliases: tuple[str, ...] = Field((), description="Other names clients may ask for")
+    generation_defaults: Literal["model", "none"] = Field(
+        "model", description="Take temperature, top_p, top_k, ... defaults from generation_config.json or not"
+    )
+    kvstore: str | None = Field(None, description="host:port of the kvstore whose members are used")
+    workers: tuple[str, ...] = Field((), description="host:port of workers that are always members")
+
+    policy: str = "least_uncached_tokens"
+    disaggregate_min_tokens: int = Field(0, ge=0, description="Uncached prompt tokens from which prefill is apart")
+    history_blocks: int = Field(65_536, ge=1, description="Block keys remembered per worker")
+
+    request_timeout_s: float = Field(600.0, gt=0)
+    resume_timeout_s: float = Field(
+        10.0, ge=0, description="How long a sequence waits for a decode worker to resume on"
+    )
+    connect_timeout_s: float = Field(5.0, gt=0, description="Limit of opening a session or describing a worker")
+    max_attempts: int = Field(4, ge=1, description="Legs of one kind a sequence may try")
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1)
+    body_timeout_s: float = Field(30.0, gt=0, description="Limit of receiving a request body")
+    max_inflight: int = Field(1024, ge=1, description="Sequences in flight; more are answered 429")
+    max_sequences_per_request: int = Field(128, ge=1, description="prompts x n of one request")
+    stats_interval_ms: int = Field(50, ge=1)
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        if name not in POLICIES:
+            raise ValueError(f"unknown policy {name!r}; known: {', '.join(sorted(POLICIES))}")
+        return name
+
+    @property
+    def model(self) -> str:
+        """The name clients and workers know the model by."""
+        return self.served_model_name or self.model_dir.resolve().name

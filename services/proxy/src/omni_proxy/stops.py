@@ -1,0 +1,46 @@
+"""Stop strings over text that arrives in pieces."""
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Passes text on, holding back only what may still become a stop string.
+
+    The stop that is complete first wins, so the result does not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """Text that is safe to show. After a match `matched` is set and nothing more may be pushed."""
+        buffer = self._held + text
+        best: tuple[int, int] | None = None
+        for stop in self._stops:
+            start = buffer.find(stop)
+            if start >= 0 and (best is None or (start + len(stop), start) < best):
+                best = (start + len(stop), start)
+                self.matched = stop
+        if best is not None:
+            self._held = ""
+            return buffer[: best[0] if self._include else best[1]]
+        keep = max(_overlap(buffer, stop) for stop in self._stops)
+        shown = buffer[: len(buffer) - keep]
+        self._held = buffer[len(buffer) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, once it is certain that no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that ends `text`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

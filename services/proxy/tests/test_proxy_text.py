@@ -1,0 +1,164 @@
+"""Tokens to text: exactness over any split, stop strings, tool calls, templates."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from omni_common.errors import InvalidRequest
+from omni_proxy.detokenize import MAX_HELD_BYTES
+from omni_proxy.stops import StopMatcher
+from omni_proxy.text import ModelText
+from omni_proxy.toolcalls import ToolCallParser
+
+TINY_MOE = Path(__file__).parents[3] / "models" / "tiny-moe"
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "▁the", "fox", "▁你", "好", "ab"]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["byte level", "tiny-moe", "byte fallback"])
+def text(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelText:
+    if request.param == "byte level":
+        return ModelText(model_dir)
+    if request.param == "tiny-moe":
+        if not (TINY_MOE / "tokenizer.json").exists():
+            pytest.skip("the tiny model is not there")
+        return ModelText(TINY_MOE)
+    folder = tmp_path_factory.mktemp("fallback")
+    byte_fallback_tokenizer().save(str(folder / "tokenizer.json"))
+    return ModelText(folder)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_join_to_the_full_decode(text, data):
+    ids = data.draw(st.lists(st.integers(0, text.vocab_size - 1), max_size=MAX_HELD_BYTES - 1))
+    skip = data.draw(st.booleans())
+    detokenizer = text.detokenizer(skip_special_tokens=skip)
+    joined, at = "", 0
+    while at < len(ids):
+        size = data.draw(st.integers(1, 4))
+        joined += detokenizer.push(ids[at : at + size])
+        at += size
+    assert joined + detokenizer.flush() == text.decode(ids, skip_special_tokens=skip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.text(st.sampled_from("aé你🙂 b"), max_size=30))
+async def test_split_characters_are_never_shown(text, words):
+    ids = await text.encode(words, add_special_tokens=False)
+    detokenizer = text.detokenizer(skip_special_tokens=True)
+    pieces = [detokenizer.push([i]) for i in ids]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_a_long_run_of_byte_tokens_is_shown_before_it_ends(tmp_path):
+    byte_fallback_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    detokenizer = ModelText(tmp_path).detokenizer(skip_special_tokens=True)
+    ids = [3 + b for b in ("好" * 100).encode()]
+    shown = [detokenizer.push([i]) for i in ids]
+    assert any(shown[:MAX_HELD_BYTES])
+    assert "".join(shown) + detokenizer.flush() == "好" * 100
+
+
+def whole_cut(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+    """The reference: character by character, the first stop string to be complete."""
+    for end in range(1, len(text) + 1):
+        ending = [s for s in stops if text[:end].endswith(s)]
+        if ending:
+            stop = max(ending, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
+
+
+@settings(max_examples=300)
+@given(
+    pieces=st.lists(st.text("abc", max_size=4), max_size=8),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    include=st.booleans(),
+)
+def test_stops_do_not_depend_on_the_cut(pieces, stops, include):
+    matcher = StopMatcher(stops, include)
+    shown = ""
+    for piece in pieces:
+        shown += matcher.push(piece)
+        if matcher.matched is not None:
+            break
+    else:
+        shown += matcher.flush()
+    assert (shown, matcher.matched) == whole_cut("".join(pieces), stops, include)
+
+
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("output", "shown", "names"),
+    [
+        pytest.param("plain text", "plain text", [], id="none"),
+        pytest.param(f"Let me see.{CALL}", "Let me see.", ["look"], id="after text"),
+        pytest.param(f"{CALL}\n{CALL}", "", ["look", "look"], id="two"),
+        pytest.param("<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", [], id="no call"),
+        pytest.param('<tool_call>{"name": "lo', '<tool_call>{"name": "lo', [], id="cut off"),
+        pytest.param("a < b <tool", "a < b <tool", [], id="looks like one"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_tool_calls(output, shown, names, size):
+    parser = ToolCallParser()
+    text, calls = "", []
+    for at in range(0, len(output), size):
+        more, found = parser.push(output[at : at + size])
+        text += more
+        calls += found
+    text += parser.flush()
+    assert (text, [c.name for c in calls]) == (shown, names)
+    assert all(json.loads(c.arguments) == {"at": 1} for c in calls)
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "variables"),
+    [
+        (MESSAGES, {"add_generation_prompt": True}),
+        (MESSAGES, {"add_generation_prompt": False, "tools": [{"type": "function", "function": {"name": "é<f>"}}]}),
+        ([*MESSAGES, {"role": "assistant", "content": "Well, "}], {"continue_final_message": True}),
+    ],
+)
+def test_templates_render_as_transformers_renders_them(messages, variables, model_dir):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    for folder in (model_dir, TINY_MOE):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        expected: Any = render_jinja_template(
+            [messages], chat_template=config["chat_template"], eos_token="<|im_end|>", **variables
+        )
+        assert ModelText(folder).render(messages, **variables) == expected[0][0]
+
+
+def test_a_template_may_refuse(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        ModelText(tmp_path / "m").render(MESSAGES)
+
+
+async def test_long_texts_are_tokenized_like_short_ones(model_dir):
+    text = ModelText(model_dir)
+    long = "The quick brown fox " * 1000
+    ids = await text.encode(long, add_special_tokens=False)
+    assert text.decode(ids) == long

@@ -1,0 +1,192 @@
+"""Malformed requests: status, named field, and no worker touched."""
+
+import json
+from typing import Any
+
+import pytest
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+PLAIN = {"model": "tiny", "prompt": "hi", "max_tokens": 4}
+CHAT_CASES: list[tuple[dict[str, Any], int, str | None]] = [
+    ({"model": None}, 400, "model"),
+    ({"model": 3}, 400, "model"),
+    ({"model": "other"}, 404, "model"),
+    ({"messages": None}, 400, "messages"),
+    ({"messages": []}, 400, "messages"),
+    ({"messages": "hi"}, 400, "messages"),
+    ({"messages": ["hi"]}, 400, "messages[0]"),
+    ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages[0].role"),
+    ({"messages": [{"content": "hi"}]}, 400, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+        400,
+        "messages[0].content[1].type",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        400,
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": 1.5}, 400, "max_tokens"),
+    ({"max_tokens": True}, 400, "max_tokens"),
+    ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ({"temperature": -0.1}, 400, "temperature"),
+    ({"temperature": 2.1}, 400, "temperature"),
+    ({"temperature": "hot"}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"),
+    ({"top_p": 1.1}, 400, "top_p"),
+    ({"top_k": -2}, 400, "top_k"),
+    ({"min_p": 1.5}, 400, "min_p"),
+    ({"presence_penalty": 2.5}, 400, "presence_penalty"),
+    ({"frequency_penalty": -2.5}, 400, "frequency_penalty"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+    ({"seed": 2**63}, 400, "seed"),
+    ({"seed": "x"}, 400, "seed"),
+    ({"stop": ""}, 400, "stop"),
+    ({"stop": ["a", ""]}, 400, "stop"),
+    ({"stop": ["a"] * 17}, 400, "stop"),
+    ({"stop": 3}, 400, "stop"),
+    ({"stop_token_ids": ["a"]}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [100_000]}, 400, "stop_token_ids"),
+    ({"min_tokens": 5}, 400, "min_tokens"),
+    ({"logit_bias": {"a": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias.5"),
+    ({"logit_bias": {"100000": 1}}, 400, "logit_bias"),
+    ({"logit_bias": [1]}, 400, "logit_bias"),
+    ({"logprobs": 3}, 400, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ({"top_logprobs": 2}, 400, "top_logprobs"),
+    ({"n": 0}, 400, "n"),
+    ({"n": 17}, 400, "n"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+    ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
+    ({"stream": "yes"}, 400, "stream"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage"),
+    ({"tool_choice": "required"}, 400, "tool_choice"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0].function.name"),
+    ({"tools": {}}, 400, "tools"),
+    ({"user": 4}, 400, "user"),
+    ({"ignore_eos": 1}, 400, "ignore_eos"),
+    ({"chat_template_kwargs": "x"}, 400, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, 400, "continue_final_message"),
+    ({"messages": [{"role": "user", "content": "long " * 400}]}, 400, "messages"),
+]
+PLAIN_CASES: list[tuple[dict[str, Any], int, str | None]] = [
+    ({"prompt": None}, 400, "prompt"),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": {"a": 1}}, 400, "prompt"),
+    ({"prompt": [1, "a"]}, 400, "prompt"),
+    ({"prompt": [1, -1]}, 400, "prompt"),
+    ({"prompt": [100_000]}, 400, "prompt"),
+    ({"prompt": ["a", 3]}, 400, "prompt[1]"),
+    ({"prompt": [[1], [1.5]]}, 400, "prompt[1]"),
+    ({"prompt": ["a"] * 20, "n": 16}, 400, "n"),
+    ({"prompt": [5] * 300}, 400, "prompt"),
+    ({"suffix": "x"}, 400, "suffix"),
+    ({"best_of": 2}, 400, "best_of"),
+    ({"logprobs": 21}, 400, "logprobs"),
+    ({"logprobs": True}, 400, "logprobs"),
+    ({"echo": True, "logprobs": 1}, 400, "echo"),
+]
+RAW_CASES = [
+    (b"{", 400, "invalid_json"),
+    (b"", 400, "invalid_json"),
+    (b"[1]", 400, "invalid_json"),
+    (b'{"model": "\xff"}', 400, "invalid_json"),
+    (b'{"model": NaN}', 400, "invalid_json"),
+    (b"[" * 100_000, 400, "invalid_json"),
+    (b" " * 300_000, 413, "body_too_large"),
+]
+
+
+@pytest.fixture
+async def stack(start):
+    return await start("p d", {"max_body_bytes": 200_000})
+
+
+async def check(stack: Any, path: str, cases: list[tuple[dict[str, Any], int, str | None]], base: Any) -> None:
+    for change, status, param in cases:
+        response = await stack.client.post(path, json=base | change)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (status, param), (change, response.text)
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"] and error["code"]
+    assert not any(worker.touched for worker in stack.workers.values())
+    await stack.until_settled()
+
+
+async def test_chat_requests(stack):
+    await check(stack, "/v1/chat/completions", CHAT_CASES, CHAT)
+
+
+async def test_completion_requests(stack):
+    await check(stack, "/v1/completions", PLAIN_CASES, PLAIN)
+
+
+async def test_bodies(stack):
+    for body, status, code in RAW_CASES:
+        response = await stack.client.post("/v1/chat/completions", content=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code), body[:20]
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_body_without_length_is_bounded_while_it_is_read(stack):
+    async def endless():
+        for _ in range(100):
+            yield b" " * 10_000
+
+    response = await stack.client.post("/v1/chat/completions", content=endless())
+    assert response.status_code == 413
+
+
+async def test_too_long_prompts_have_their_code(stack):
+    response = await stack.client.post("/v1/completions", json=PLAIN | {"prompt": [5] * 256})
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_wrong_methods_and_paths(stack):
+    assert (await stack.client.get("/v1/completions")).status_code == 405
+    assert (await stack.client.post("/v2/completions", json={})).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"model": "other", "prompt": "a"}, "model"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"),
+    ],
+)
+async def test_tokenizer_requests(stack, path, body, param):
+    assert (await stack.client.post(path, json=body)).json()["error"]["param"] == param
+
+
+async def test_accepted_requests_reach_the_engine_as_asked(start):
+    stack = await start("d")
+    asked = CHAT | {
+        "top_k": -1, "top_p": 0.9, "min_p": 0.1, "stop_token_ids": [9], "ignore_eos": True, "min_tokens": 2,
+        "logit_bias": {"5": -100}, "unknown_field": {"a": 1}, "temperature": 0, "repetition_penalty": 1.1,
+    }  # fmt: skip
+    response = await stack.client.post("/v1/chat/completions", content=json.dumps(asked))
+    assert response.status_code == 200
+    sampling = stack["d"].submits[0].sampling
+    assert (sampling.top_k, sampling.top_p, sampling.temperature, sampling.min_tokens) == (0, 0.9, 0.0, 2)
+    assert (list(sampling.stop_token_ids), dict(sampling.logit_bias), sampling.ignore_eos) == ([9], {5: -100.0}, True)
+
+
+@pytest.mark.parametrize(("source", "expected"), [("model", (0.7, 20)), ("none", (1.0, 0))])
+async def test_sampling_defaults(start, source, expected):
+    stack = await start("d", {"generation_defaults": source})
+    await stack.client.post("/v1/chat/completions", json=CHAT)
+    sampling = stack["d"].submits[0].sampling
+    assert (sampling.temperature, sampling.top_k) == expected

@@ -1,0 +1,35 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from live import LiveStack, OtlpReceiver, live_stack
+
+# Loading two engines on a busy machine takes a minute or two; the tests of this folder share them.
+pytestmark = pytest.mark.timeout(600)
+SMALL = ("--kv-cache-gib", "0.25", "--max-model-len", "4096")
+
+
+@pytest.fixture(scope="session")
+def otlp() -> Iterator[OtlpReceiver]:
+    receiver = OtlpReceiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture(scope="session")
+def stack(otlp: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
+    """One prefill and one decode worker on real vLLM engines."""
+    home = tmp_path_factory.mktemp("stack")
+    with live_stack(home, "--otlp", otlp.endpoint, *SMALL) as running:
+        yield running
+
+
+@pytest.fixture
+def sdk(stack: LiveStack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="unused", timeout=60, max_retries=0) as client:
+        yield client
