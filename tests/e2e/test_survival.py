@@ -83,15 +83,12 @@ def is_quiet(stack: LiveStack) -> bool:
     """No sequence, lease or block is held on any worker, and the proxy has nothing in flight."""
     with stack.client() as http:
         workers = http.get("/workers").json()["workers"]
-        metrics = http.get("/metrics").text
-    inflight = re.search(r"^omni_proxy_requests_running(?:\{\})? (\S+)", metrics, re.M)
-    assert inflight is not None
-    held = [
-        (s["running"], s["waiting"], s["leases"], s["kv_usage"], s["queued_tokens"])
-        for w in workers
-        if (s := w["stats"])
-    ]
-    return float(inflight[1]) == 0 and len(held) == 2 and all(not any(h) for h in held)
+        running = re.search(r"^omni_proxy_running_sequences (\S+)", http.get("/metrics").text, re.M)
+    assert running is not None
+    counts = ("running", "waiting", "queued_tokens", "kv_usage", "leases")
+    held = [worker["load"][name] for worker in workers for name in counts]
+    charged = [worker["in_flight"][name] for worker in workers for name in ("requests", "uncached_tokens")]
+    return len(workers) == 2 and not any([*held, *charged, float(running[1])])
 
 
 def warmed(stack: LiveStack, outcomes: Counter[str], more: int = 3) -> None:

@@ -51,9 +51,11 @@ def test_one_trace_holds_every_leg(stack: LiveStack, sdk: openai.OpenAI, otlp: O
         "omni.uncached_tokens",
         "omni.output_tokens",
         "omni.ttft_ms",
-        "omni.prefill_worker",
-        "omni.decode_worker",
+        "omni.prefill_worker_id",
+        "omni.decode_worker_id",
         "omni.finish_reason",
+        "omni.queue_ms",
+        "omni.transfer_ms",
     }
     assert needed <= seen.keys(), f"missing {needed - seen.keys()} in {sorted(seen)}"
     assert {"omni.worker_id", "omni.queue_ms"} <= attributes(prefill).keys()

@@ -17,6 +17,7 @@ from omni_cli.state import ProcessRecord
 
 POLL_S = 0.1
 KILL_GRACE_S = 5.0
+MIN_WAVE_S = 5.0
 # The proxy finishes its streams while the engines still run; the index goes last.
 STOP_ORDER: Sequence[frozenset[str]] = (
     frozenset({"proxy"}),
@@ -77,6 +78,7 @@ def own_record() -> ProcessRecord:
 async def stop(records: Iterable[ProcessRecord], timeout_s: float) -> list[str]:
     """SIGTERM in order, SIGKILL to what is left after `timeout_s` over all; returns the names that were killed.
 
+    A proxy that used all the time up does not take from the engines the few seconds they need; 0 kills at once.
     Children of the recorded processes (engine cores, the embedded Redis) are killed if they outlive their parent.
     """
     remaining = list(records)
@@ -84,9 +86,9 @@ async def stop(records: Iterable[ProcessRecord], timeout_s: float) -> list[str]:
     killed: list[str] = []
     for services in STOP_ORDER:
         wave = [r for r in remaining if r.service in services]
-        killed += await _stop_wave(wave, deadline)
+        killed += await _stop_wave(wave, _at_least(deadline, timeout_s))
     rest = [r for r in remaining if not any(r.service in services for services in STOP_ORDER)]
-    return killed + await _stop_wave(rest, deadline)
+    return killed + await _stop_wave(rest, _at_least(deadline, timeout_s))
 
 
 async def wait_gone(record: ProcessRecord, timeout_s: float) -> bool:
@@ -97,6 +99,10 @@ async def wait_gone(record: ProcessRecord, timeout_s: float) -> bool:
             return False
         await asyncio.sleep(POLL_S)
     return True
+
+
+def _at_least(deadline: float, timeout_s: float) -> float:
+    return max(deadline, time.monotonic() + min(MIN_WAVE_S, timeout_s))
 
 
 async def _stop_wave(records: Sequence[ProcessRecord], deadline: float) -> list[str]:

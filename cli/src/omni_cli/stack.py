@@ -48,6 +48,7 @@ class Stack:
         self._cwd = cwd
         self._children: dict[str, Child] = {}
         self._ready_after: dict[str, float] = {}
+        self._has_answered: set[str] = set()
         self.is_healthy = False
         supervisor = processes.own_record() if supervised else None
         host_port = reachable(plan.url.removeprefix("http://"))
@@ -139,8 +140,15 @@ class Stack:
         for name, health in zip(due, answers, strict=True):
             if health.phase is Phase.READY:
                 self._ready_after[name] = time.monotonic() - self._children[name].started
+            elif health.phase is Phase.LOADING:
+                self._has_answered.add(name)
         fresh = dict(zip(due, answers, strict=True))
-        return {name: fresh.get(name, Health(Phase.READY)) for name in self._children}
+        return {name: self._settled(name, fresh.get(name, Health(Phase.READY))) for name in self._children}
+
+    def _settled(self, name: str, health: Health) -> Health:
+        """A server too busy loading to answer in time has not gone back to starting."""
+        is_back = health.phase is Phase.STARTING and name in self._has_answered
+        return Health(Phase.LOADING, health.detail) if is_back else health
 
     async def _sees_all_workers(self) -> bool:
         """A first request sent before the last worker is known would run without it."""

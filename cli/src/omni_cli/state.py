@@ -64,8 +64,8 @@ class StackState:
 
     def with_process(self, record: ProcessRecord) -> "StackState":
         """The same with this record in place of the one of its name."""
-        others = tuple(p for p in self.processes if p.name != record.name)
-        return replace(self, processes=(*others, record))
+        by_name = {p.name: p for p in self.processes} | {record.name: record}
+        return replace(self, processes=tuple(by_name.values()))
 
     def live(self) -> list[ProcessRecord]:
         return [p for p in self.processes if p.process() is not None]

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from omni_cli.stack import Death, Stack
 from omni_cli.state import StackState, StateFiles
 
 TAIL_LINES = 25
-STOP_TIMEOUT_S = 30.0
+# Longer than the services' own drain_timeout_s, so that they end by themselves.
+STOP_TIMEOUT_S = 40.0
 FIRST_QUESTION = "Hello! Who are you?"
 FIRST_ANSWER_TOKENS = 32
 
@@ -53,7 +53,7 @@ async def bring_up(
         console.print(f"note: {note}", highlight=False)
     stack = Stack(plan, files, environ, root, supervised=not bringup.detach)
     is_left_running = False
-    with _signals() as interrupted:
+    with _signals() as (interrupted, hurried):
         try:
             is_complete = await _start(stack, bringup, interrupted, console)
             is_left_running = is_complete and bringup.detach
@@ -65,7 +65,7 @@ async def bring_up(
             raise
         finally:
             if not is_left_running:
-                await _stop(stack, bringup.stop_timeout_s, console)
+                await _stop(stack, bringup.stop_timeout_s, hurried, console)
 
 
 async def bring_down(state: StackState, files: StateFiles, timeout_s: float) -> list[str]:
@@ -157,28 +157,31 @@ async def _clear_leftovers(name: str, files: StateFiles) -> None:
     files.remove(name)
 
 
-async def _stop(stack: Stack, timeout_s: float, console: Console) -> None:
-    console.print(f"stopping {stack.plan.name} ...", highlight=False)
+async def _stop(stack: Stack, timeout_s: float, hurried: asyncio.Event, console: Console) -> None:
+    console.print(f"stopping {stack.plan.name} ... (Ctrl-C again: at once)", highlight=False)
+    if not await _finishes(_stop_gently(stack, timeout_s, console), hurried):
+        await stack.stop(0)
+
+
+async def _stop_gently(stack: Stack, timeout_s: float, console: Console) -> None:
     for name in await stack.stop(timeout_s):
         console.print(f"{name} did not stop in time and was killed", style="yellow", highlight=False)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set; a second signal ends this program at once."""
-    event = asyncio.Event()
+def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
+    """Two events: SIGINT, SIGTERM and SIGHUP set the first; any of them again sets the second."""
+    interrupted, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def on_signal() -> None:
-        if event.is_set():
-            os._exit(130)
-        event.set()
+        (hurried if interrupted.is_set() else interrupted).set()
 
     for number in numbers:
         loop.add_signal_handler(number, on_signal)
     try:
-        yield event
+        yield interrupted, hurried
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)

@@ -1,7 +1,7 @@
 """Workers hosted in process: a simulated engine behind real gRPC on a free port."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,18 @@ class Settings(WorkerSettings):
     service = "decode"
 
 
+async def _until(condition: Callable[[], object]) -> None:
+    """Returns once the condition holds; what it reads has no event to wait for."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
+    return _until
+
+
 @dataclass(slots=True)
 class Hosted:
     """A running worker and a channel to it."""
@@ -44,9 +56,7 @@ class Hosted:
 
     async def idle(self) -> None:
         """Returns once nothing runs and no block is held."""
-        async with asyncio.timeout(10):
-            while self.engine.stats().kv_usage or self.host.admission.active:
-                await asyncio.sleep(0.001)
+        await _until(lambda: not (self.engine.stats().kv_usage or self.host.admission.active))
 
 
 @asynccontextmanager

@@ -192,6 +192,8 @@ async def _replica(**values: Any) -> AsyncIterator[Replica]:
     registry = CollectorRegistry()
     settings = Settings.model_validate({"port": 0, "lease_s": 30.0, "reconcile_s": 2.0, **values})
     async with running(settings, registry) as kvstore, channel(f"127.0.0.1:{kvstore.port}") as connected:
+        async with asyncio.timeout(DEADLINE_S):
+            await connected.channel_ready()
         yield Replica(kvstore, connected, registry)
 
 

@@ -1,6 +1,7 @@
 """Redis away, back, and back empty; the embedded server; settings."""
 
 import asyncio
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -104,12 +105,16 @@ async def test_module_runs_with_an_embedded_redis_and_keeps_its_data(tmp_path: P
             stderr=asyncio.subprocess.PIPE,
         )
         assert process.stderr is not None
-        async with asyncio.timeout(30):
-            while b'"serving"' not in (line := await process.stderr.readline()):
-                assert line, "ended before serving"
-            assert b'"port": ' in line
-            process.send_signal(signal.SIGTERM)
-            await process.communicate()
+        try:
+            async with asyncio.timeout(30):
+                while b'"serving"' not in (line := await process.stderr.readline()):
+                    assert line, "ended before serving"
+                assert b'"port": ' in line
+                process.send_signal(signal.SIGTERM)
+                await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         assert process.returncode == 0
     assert (tmp_path / "redis" / "appendonly.aof").stat().st_size > 0
 

@@ -38,6 +38,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     return Layout(topology, physical)
 
 
+@settings(deadline=None)
 @given(layout=layouts())
 def test_indicator_round_trip_keeps_what_each_rank_holds(layout: Layout) -> None:
     indicator = layout.indicator
@@ -50,6 +51,7 @@ def test_indicator_round_trip_keeps_what_each_rank_holds(layout: Layout) -> None
     assert hash(from_indicator(back.indicator, shape.slots_per_rank)) == hash(back)
 
 
+@settings(deadline=None)
 @given(layout=layouts(), seed=st.integers(0, 2**32 - 1))
 def test_load_is_conserved_and_balancedness_bounded(layout: Layout, seed: int) -> None:
     shape = layout.topology
@@ -59,7 +61,7 @@ def test_load_is_conserved_and_balancedness_bounded(layout: Layout, seed: int) -
     assert ((balancedness > 0) & (balancedness <= 1)).all()
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(topology=topologies(), name=st.sampled_from(sorted(SOLVERS)))
 def test_every_solver_answers_a_valid_layout(topology: Topology, name: str) -> None:
     load = np.ones((topology.num_layers, topology.num_experts), dtype=np.int64)
@@ -128,6 +130,7 @@ def test_infeasible_topology_is_named(shape: tuple[int, int, int, int]) -> None:
     assert refused.value.field and refused.value.field.startswith("topology")
 
 
+@settings(deadline=None)
 @given(counts=st.lists(st.integers(0, 100), min_size=1, max_size=30), bound=st.integers(1, 5))
 def test_window_slides(counts: list[int], bound: int) -> None:
     book = LoadBook(windows=bound, models=1)

@@ -1,6 +1,7 @@
 """The service through its wire."""
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -32,6 +33,8 @@ async def service(**values: Any) -> AsyncIterator[Any]:
         running(settings, CollectorRegistry()) as placement,
         channel(f"127.0.0.1:{placement.port}") as connected,
     ):
+        async with asyncio.timeout(DEADLINE_S):
+            await connected.channel_ready()
         yield PlacementServiceStub(connected)  # type: ignore[no-untyped-call]
 
 
@@ -171,12 +174,16 @@ async def test_module_serves_and_stops(tmp_path: Path) -> None:
         stderr=asyncio.subprocess.PIPE,
     )
     assert process.stderr is not None
-    async with asyncio.timeout(30):
-        while b'"serving"' not in (line := await process.stderr.readline()):
-            assert line, "ended before serving"
-        assert b'"port": ' in line
-        process.send_signal(signal.SIGTERM)
-        await process.communicate()
+    try:
+        async with asyncio.timeout(30):
+            while b'"serving"' not in (line := await process.stderr.readline()):
+                assert line, "ended before serving"
+            assert b'"port": ' in line
+            process.send_signal(signal.SIGTERM)
+            await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
     assert process.returncode == 0
     assert (tmp_path / "state" / "m.json").exists()
 

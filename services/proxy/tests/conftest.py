@@ -72,6 +72,7 @@ class Sequence:
     produced: int
     left: int
     submit: decode_pb.Submit
+    session: object
     started: bool = False
 
 
@@ -87,6 +88,7 @@ class FakeWorker:
     hold_after: int | None = None
     stops_at: int | None = None
     burst: int = 1
+    offset: int | None = None
     prefill_error: OmniError | None = None
     reject: tuple[str, str] | None = None
     model: str = MODEL
@@ -112,7 +114,8 @@ class FakeWorker:
     def token(self, prompt: list[int], position: int) -> int:
         if self.stops_at is not None and position >= self.stops_at:
             return END_ID
-        return self.script[(sum(prompt) + position) % len(self.script)]
+        start = sum(prompt) if self.offset is None else self.offset
+        return self.script[(start + position) % len(self.script)]
 
     def info(self) -> engine_pb2.WorkerInfo:
         return engine_pb2.WorkerInfo(
@@ -176,13 +179,14 @@ class FakeWorker:
             welcome=decode_pb.Welcome(worker_id=self.worker_id, epoch=self.epoch, frame_window=self.frame_window)
         )
         acked, frame, wake, refused = [0], 0, asyncio.Event(), list[decode_pb.Rejected]()
+        mine = refused
         reader = asyncio.create_task(self._read(requests, acked, wake, refused))
         breaker = asyncio.create_task(self.breaks.wait())
         try:
             while not self.breaks.is_set():
                 while refused:
                     yield decode_pb.SessionResponse(rejected=refused.pop())
-                ready = [s for s in self.live.values() if not self._is_held(s)]
+                ready = [s for s in self.live.values() if s.session is mine and not self._is_held(s)]
                 if not ready or frame - acked[0] >= self.frame_window:
                     wake.clear()
                     waits = {asyncio.create_task(wake.wait()), asyncio.create_task(self.resumed.wait()), breaker}
@@ -199,7 +203,7 @@ class FakeWorker:
         finally:
             reader.cancel()
             breaker.cancel()
-            self.live.clear()
+            self.live = {key: s for key, s in self.live.items() if s.session is not mine}
         self.breaks.clear()
 
     async def _read(self, requests: Any, acked: list[int], wake: asyncio.Event, refused: list[Any]) -> None:
@@ -224,7 +228,7 @@ class FakeWorker:
         tokens = list(submit.token_ids)
         prompt = tokens[: len(tokens) - submit.num_output_tokens]
         self.live[submit.stream_id] = Sequence(
-            submit.stream_id, prompt, submit.num_output_tokens, submit.sampling.max_tokens, submit
+            submit.stream_id, prompt, submit.num_output_tokens, submit.sampling.max_tokens, submit, refused
         )
 
     def _is_held(self, sequence: Sequence) -> bool:

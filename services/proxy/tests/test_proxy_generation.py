@@ -346,6 +346,21 @@ async def test_tools_are_rendered_and_calls_are_parsed(start):
     plain, with_tools = await stack.chat(), await stack.chat(tools=[tool])
     assert with_tools.json()["usage"]["prompt_tokens"] > plain.json()["usage"]["prompt_tokens"]
 
+    said = 'Wait. <tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
+    worker = stack["d"]
+    worker.script = (await stack.client.post("/tokenize", json={"prompt": said})).json()["tokens"]
+    worker.offset, worker.stops_at = 0, len(worker.script)
+    whole = (await stack.chat(tools=[tool], max_tokens=100)).json()["choices"][0]
+    assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", "Wait. ")
+    assert whole["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at":1}'}
+    streamed = await stack.chat(tools=[tool], max_tokens=100, stream=True)
+    deltas = [c["delta"] for e in events(streamed.text) for c in e["choices"]]
+    (call,) = [c for d in deltas for c in d.get("tool_calls", [])]
+    assert (call["index"], call["function"]["name"]) == (0, "look")
+    assert streamed_text(streamed.text) == "Wait. "
+    untouched = (await stack.chat(tools=[tool], max_tokens=100, tool_choice="none")).json()["choices"][0]
+    assert (untouched["message"]["content"], untouched["finish_reason"]) == (said, "stop")
+
 
 async def test_status_pages(start):
     stack = await start("p d")

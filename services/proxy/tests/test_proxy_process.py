@@ -36,7 +36,7 @@ async def test_sigterm_finishes_streams_and_refuses_new_ones(start, model_dir):
             body = {"model": "tiny", "prompt": "hi", "max_tokens": 9}
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
                 while (await client.get("/ready")).status_code != 200:
-                    await asyncio.sleep(0)
+                    continue
                 running = asyncio.create_task(client.post("/v1/completions", json=body, timeout=20))
                 await worker.held.wait()
                 process.terminate()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omni_common.errors import InvalidRequest
+from omni_engine.plugin import PROGRESS_VARIABLE
 from omni_engine.vllm_settings import VllmSettings
 
 Role = Literal["prefill", "decode", "both"]
@@ -81,6 +82,9 @@ def _environment(settings: VllmSettings) -> dict[str, str]:
         "VLLM_NIXL_ABORT_REQUEST_TIMEOUT": str(int(settings.lease_s)),
         "UCX_TLS": settings.kv_transports,
         "UCX_NET_DEVICES": settings.kv_net_devices,
+        # vLLM sets it too, but only where nixl has not been imported yet; our plugin imports it.
+        "UCX_RCACHE_MAX_UNRELEASED": "1024",
+        PROGRESS_VARIABLE: str(settings.kv_progress_interval_us),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }

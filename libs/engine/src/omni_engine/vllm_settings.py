@@ -32,6 +32,9 @@ class VllmSettings(BaseModel):
     kv_port: int = Field(0, ge=0, le=65535, description="Side channel port; 0 picks a free one")
     kv_transports: str = Field("shm,cma,tcp,self", description="UCX transports; 'rc,tcp,self' or similar between hosts")
     kv_net_devices: str = Field("lo", description="UCX network devices; 'all' between hosts")
+    kv_progress_interval_us: int = Field(
+        500, ge=0, description="How long the KV connector's progress thread sleeps when idle; 0 spins on a core"
+    )
     lease_s: float = Field(30.0, ge=6, description="How long a finished prefill's blocks wait to be pulled")
     kv_events: bool = True
     warmup_tokens: int = Field(200, ge=0, description="Length of the warm-up prompt; 0 skips the warm-up")

@@ -1,10 +1,12 @@
 """Puts the service together and runs it."""
 
+import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
@@ -68,7 +70,9 @@ async def serve(settings: Settings) -> None:
     observed = telemetry.set_up(settings, f"{socket.gethostname()}:{settings.port}", __version__)
     try:
         async with running(settings, observed.registry) as placement:
-            log.info("serving", extra={"address": f"{settings.host}:{placement.port}", "port": placement.port})
+            address = {"address": f"{settings.host}:{placement.port}", "port": placement.port}
+            # Said from the loop, when `run_until_signal` already listens for signals.
+            asyncio.get_running_loop().call_soon(partial(log.info, "serving", extra=address))
             await run_until_signal(placement.server, placement.drain, settings.drain_timeout_s)
     finally:
         observed.close()

@@ -145,9 +145,10 @@ class LayoutBook:
         self._watches.add(watch)
         try:
             while not self._is_closed:
+                # Cleared before the queue is read, so that nothing set during a yield is missed.
+                watch.wake.clear()
                 while watch.queue:
                     yield watch.queue.popleft()
-                watch.wake.clear()
                 await watch.wake.wait()
         finally:
             self._watches.discard(watch)

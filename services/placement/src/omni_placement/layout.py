@@ -100,7 +100,8 @@ class Layout:
     def rank_loads(self, load: Load) -> npt.NDArray[np.float64]:
         """Tokens each rank computes, (layers, ranks), where an expert's tokens spread evenly over its copies."""
         share = checked_load(self.topology, load) / self.replicas
-        return np.einsum("le,rle->lr", share, self.indicator.astype(np.float64))
+        loads: npt.NDArray[np.float64] = np.einsum("le,rle->lr", share, self.indicator.astype(np.float64))
+        return loads
 
     def balancedness(self, load: Load) -> npt.NDArray[np.float64]:
         """Mean over the slowest rank's load, per layer, in (0, 1]; 1 where a layer has no load."""

@@ -12,7 +12,7 @@ class Metrics:
         self.layout_version = Gauge("omni_placement_layout_version", "Version in force", ["model"], registry=registry)
         self.balancedness = Gauge(
             "omni_placement_balancedness",
-            "Least balancedness of a layer in the layout last published",
+            "Least of a layer, when last published",
             ["model"],
             registry=registry,
         )

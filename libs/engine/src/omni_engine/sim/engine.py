@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
 
 import xxhash
 
@@ -17,7 +18,7 @@ from omni_engine.sim.scheduler import Scheduler, Step, queued_tokens
 from omni_engine.sim.sequence import SimSequence
 from omni_engine.sim.settings import SimSettings
 from omni_engine.sim.tokens import TokenStream
-from omni_engine.sim.transfer import LeaseServer, opaque, open_pull
+from omni_engine.sim.transfer import LeaseServer, open_pull
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +65,9 @@ class SimEngine:
     async def start(self) -> None:
         await self._clock.sleep(self._settings.start_s)
         await self._server.start(self._settings.kv_host)
-        self._tasks = [
-            asyncio.create_task(self._run(), name="sim-steps"),
-            asyncio.create_task(self._leases.run(), name="sim-leases"),
-        ]
+        self._tasks = [self._spawn(self._run(), "sim-steps"), self._spawn(self._leases.run(), "sim-leases")]
         if self.faults.die_after_s is not None:
-            self._tasks.append(asyncio.create_task(self._die_after(self.faults.die_after_s), name="sim-death"))
+            self._tasks.append(self._spawn(self._die_after(self.faults.die_after_s), "sim-death"))
 
     async def prefill(self, job: PrefillJob) -> PrefillResult:
         self._check(job.request_id, job.token_ids)
@@ -171,11 +169,10 @@ class SimEngine:
             raise InvalidRequest(f"{len(token_ids)} tokens do not fit a model length of {limit}", field="token_ids")
 
     def _sequence(self, job: PrefillJob | DecodeJob, num_prompt: int) -> SimSequence:
-        tokens = list(job.token_ids)
-        stream = TokenStream(self._settings, tokens[:num_prompt], job.sampling)
-        return SimSequence(
-            job.request_id, tokens, num_prompt, job.sampling, stream, job.cache_salt, self._clock.now_s()
-        )
+        tokens, sampling = list(job.token_ids), job.sampling
+        stream = TokenStream(self._settings, tokens[:num_prompt], sampling)
+        now_s = self._clock.now_s()
+        return SimSequence(job.request_id, tokens, num_prompt, sampling, stream, job.cache_salt, now_s)
 
     def _enqueue(self, sequence: SimSequence) -> None:
         self._by_id[sequence.request_id] = sequence
@@ -194,32 +191,33 @@ class SimEngine:
     def _free_lease(self, lease_id: str) -> None:
         self._leases.free(lease_id)
 
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
+        """A defect in a task ends the engine instead of leaving sequences waiting for ever."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("simulated engine failed", exc_info=error)
+            self.die(f"{task.get_name()} failed: {type(error).__name__}")
+
     async def _run(self) -> None:
         """The engine's steps, until the engine dies or is closed."""
         while not self._dead.done():
             step = self._scheduler.plan(self._clock.now_s())
-            for sequence in step.pulls:
-                sequence.pull = asyncio.create_task(self._pull(sequence), name="sim-pull")
+            for sequence, handle in step.pulls:
+                sequence.pull = self._spawn(self._pull(sequence, handle), "sim-pull")
             if not step.chunks:
                 self._publish()
                 self._work.clear()
                 await self._work.wait()
                 continue
-            duration_ms = self._duration_ms(step)
+            duration_ms = step.duration_ms(self._settings.timing) * self.faults.slow_factor
             await self._clock.sleep(duration_ms / 1e3)
             self._step_ms += _SMOOTHING * (duration_ms - self._step_ms)
             self._commit(step)
             self._publish()
-
-    def _duration_ms(self, step: Step) -> float:
-        timing, total_ms = self._settings.timing, 0.0
-        prompts = [(s, n) for s, n in step.chunks if n > 1]
-        decodes = [s for s, n in step.chunks if n == 1]
-        if prompts:
-            total_ms += timing.prefill_base_ms + sum(timing.prefill_ms(n, s.computed + n) for s, n in prompts)
-        if decodes:
-            total_ms += timing.step_ms(len(decodes), sum(len(s.tokens) for s in decodes))
-        return total_ms * self.faults.slow_factor
 
     def _commit(self, step: Step) -> None:
         by_sink: dict[ports.StepSink, list[SequenceOutput]] = {}
@@ -247,7 +245,7 @@ class SimEngine:
         output = SequenceOutput(sequence.request_id, (token,), logprobs=sequence.stream.logprobs(token))
         if not sequence.has_started:
             sequence.has_started = True
-            timings = self._timings(sequence)
+            timings = sequence.timings(self._clock.now_s())
             output.start = ports.SequenceStart(sequence.cached, sequence.pulled, sequence.fell_back, timings)
         output.finish_reason = sequence.stream.finish(token, position)
         is_full = len(sequence.tokens) >= self._settings.max_model_len
@@ -260,40 +258,20 @@ class SimEngine:
     def _finish_prefill(self, sequence: SimSequence) -> None:
         token = sequence.stream.token(0)
         finish = sequence.stream.finish(token, 0)
-        timings, blocks, name = self._timings(sequence), sequence.blocks, sequence.request_id
+        timings, blocks, name = sequence.timings(self._clock.now_s()), sequence.blocks, sequence.request_id
         handle = None
         if finish is None:
             sequence.blocks = []
             self._leases.grant(name, blocks, sequence.num_prompt)
-            handle = KvHandle(
-                opaque=opaque(self._settings.kv_host, self._server.port, name),
-                engine_id=self.info.engine_id,
-                lease_id=name,
-                num_tokens=sequence.num_prompt,
-                num_blocks=len(blocks),
-                block_size=self._settings.block_size,
-                lease_s=self._settings.lease_s,
-            )
+            handle = self._server.handle(name, sequence.num_prompt, len(blocks), self._settings, self.info.engine_id)
         self._drop(sequence)
         result = PrefillResult(token, finish, handle, sequence.cached, timings, sequence.stream.logprobs(token))
         if sequence.result is not None and not sequence.result.done():
             sequence.result.set_result(result)
 
-    def _timings(self, sequence: SimSequence) -> ports.Timings:
-        now_s = self._clock.now_s()
-        scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
-        return ports.Timings(
-            queue_ms=(scheduled_s - sequence.arrived_s) * 1e3,
-            compute_ms=(now_s - scheduled_s - sequence.transfer_s) * 1e3,
-            transfer_ms=sequence.transfer_s * 1e3,
-            total_ms=(now_s - sequence.arrived_s) * 1e3,
-        )
-
-    async def _pull(self, sequence: SimSequence) -> None:
+    async def _pull(self, sequence: SimSequence, handle: KvHandle) -> None:
         """Fetch what the local cache lacks; where that fails the prompt is computed here."""
-        handle, sequence.handle = sequence.handle, None
         started_s = self._clock.now_s()
-        assert handle is not None
         arrived = sequence.cached
         try:
             if self._is_failing(sequence.request_id):

@@ -4,9 +4,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from omni_engine.ports import KvHandle
 from omni_engine.sim.blocks import BlockPool, chain_hashes
 from omni_engine.sim.sequence import SimSequence
-from omni_engine.sim.settings import SimSettings
+from omni_engine.sim.settings import SimSettings, Timing
 
 
 @dataclass(slots=True)
@@ -14,7 +15,18 @@ class Step:
     """Tokens to compute per sequence, and sequences whose blocks are to be pulled first."""
 
     chunks: list[tuple[SimSequence, int]] = field(default_factory=list)
-    pulls: list[SimSequence] = field(default_factory=list)
+    pulls: list[tuple[SimSequence, KvHandle]] = field(default_factory=list)
+
+    def duration_ms(self, timing: Timing) -> float:
+        """How long the step lasts; see the package's docstring."""
+        total_ms = 0.0
+        prompts = [(s, n) for s, n in self.chunks if n > 1]
+        decodes = [s for s, n in self.chunks if n == 1]
+        if prompts:
+            total_ms += timing.prefill_base_ms + sum(timing.prefill_ms(n, s.computed + n) for s, n in prompts)
+        if decodes:
+            total_ms += timing.step_ms(len(decodes), sum(len(s.tokens) for s in decodes))
+        return total_ms
 
 
 class Scheduler:
@@ -76,7 +88,8 @@ class Scheduler:
                 sequence.scheduled_s = now_s
             if sequence.handle is not None:
                 self.pulling.append(sequence)
-                step.pulls.append(sequence)
+                step.pulls.append((sequence, sequence.handle))
+                sequence.handle = None
                 continue
             self.running.append(sequence)
             count = min(sequence.uncomputed, budget)

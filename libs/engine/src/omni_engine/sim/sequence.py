@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
-from omni_engine.ports import KvHandle, PrefillResult, SamplingParams, StepSink
+from omni_engine.ports import KvHandle, PrefillResult, SamplingParams, StepSink, Timings
 from omni_engine.sim.tokens import TokenStream
 
 
@@ -32,6 +32,16 @@ class SimSequence:
     scheduled_s: float | None = None
     transfer_s: float = 0.0
     pull: "asyncio.Task[None] | None" = None
+
+    def timings(self, now_s: float) -> Timings:
+        """Where the time went until now, the moment of the first token."""
+        scheduled_s = now_s if self.scheduled_s is None else self.scheduled_s
+        return Timings(
+            queue_ms=(scheduled_s - self.arrived_s) * 1e3,
+            compute_ms=(now_s - scheduled_s - self.transfer_s) * 1e3,
+            transfer_ms=self.transfer_s * 1e3,
+            total_ms=(now_s - self.arrived_s) * 1e3,
+        )
 
     @property
     def uncomputed(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from omni_common.errors import Unavailable
 from omni_engine.ports import KvHandle
+from omni_engine.sim.settings import SimSettings
 
 _MAX_LINE = 4096
 
@@ -40,6 +41,21 @@ class LeaseServer:
             await asyncio.wait(self._calls)
         await self._server.wait_closed()
 
+    def handle(
+        self, lease_id: str, num_tokens: int, num_blocks: int, settings: SimSettings, engine_id: str
+    ) -> KvHandle:
+        """What a puller needs to find this server and the lease."""
+        target = {"connector": "sim", "host": settings.kv_host, "port": self.port, "lease": lease_id}
+        return KvHandle(
+            opaque=json.dumps(target).encode(),
+            engine_id=engine_id,
+            lease_id=lease_id,
+            num_tokens=num_tokens,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            lease_s=settings.lease_s,
+        )
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         call = asyncio.create_task(self._answer(reader, writer), name="sim-pull")
         self._calls.add(call)
@@ -63,10 +79,6 @@ class LeaseServer:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-
-
-def opaque(host: str, port: int, lease_id: str) -> bytes:
-    return json.dumps({"connector": "sim", "host": host, "port": port, "lease": lease_id}).encode()
 
 
 class Pull:
