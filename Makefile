@@ -16,7 +16,7 @@ TESTS := $(wildcard proto libs services cli tests)
 PACKAGES := omni_common omni_engine omni_kernels omni_proxy omni_prefill omni_decode omni_kvstore omni_placement omni_cli
 BUF := .omni/tools/node_modules/.bin/buf
 
-.PHONY: help setup run test test-all test-vllm test-compose lint type buf proto up down status doctor bench clean release
+.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench clean release
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ run: setup  ## start 1 prefill + 1 decode on CPU, show a first answer, stay unti
 
 test: setup  ## the full test suite
 	@$(BIN)/python -m pytest -m "not compose" $(TESTS) $(ARGS)
+
+test-fast: setup  ## all but the tests that start real engines
+	@$(BIN)/python -m pytest -m "not compose and not engine" $(TESTS) $(ARGS)
 
 test-all: setup  ## the full test suite and the container tests
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
@@ -79,9 +82,8 @@ status:  ## what runs, and is it well
 doctor: setup  ## check this machine and environment
 	@$(OMNI) doctor $(ARGS)
 
-bench: setup  ## measure a stack
-	@test -f tests/bench/run.py || { echo "error: tests/bench/run.py is not there"; exit 1; }
-	@$(BIN)/python tests/bench/run.py $(ARGS)
+bench: setup  ## measure a stack beside vLLM's own server (ARGS=--quick)
+	@$(BIN)/python bench/serving.py $(ARGS)
 
 release: setup  ## build one package into dist/ (PKG=services/proxy) after checking its changelog
 	@test -f "$(PKG)/pyproject.toml" || { echo "error: name a package: make release PKG=services/proxy"; exit 1; }

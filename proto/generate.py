@@ -21,7 +21,7 @@ def generate(target: Path) -> list[Path]:
         stub = target / contract.relative_to(ROOT).parent / f"{contract.stem}_pb2_grpc.py"
         if "service " not in contract.read_text():
             stub.unlink(missing_ok=True)
-    return sorted(p.relative_to(target) for p in target.rglob("*_pb2*.py*"))
+    return _stubs(target)
 
 
 def main() -> None:
@@ -34,9 +34,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         fresh = generate(Path(scratch))
         stale = [p for p in fresh if not _same(Path(scratch) / p, committed / p)]
-    extra = [p.relative_to(committed) for p in committed.rglob("*_pb2*.py*") if p.relative_to(committed) not in fresh]
+    extra = [p for p in _stubs(committed) if p not in fresh]
     if stale or extra:
         sys.exit(f"stubs differ from the contracts: {[*map(str, stale), *map(str, extra)]}; run `make proto`")
+
+
+def _stubs(tree: Path) -> list[Path]:
+    return sorted(p.relative_to(tree) for p in tree.rglob("*_pb2*") if p.suffix in (".py", ".pyi"))
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -13,7 +13,7 @@ QUESTIONS = ["What is 7 plus 5?", "What colour is the sky?", "Tell me a short st
 
 def ask(sdk: openai.OpenAI, model: str, question: str, **options: object) -> openai.types.chat.ChatCompletion:
     messages = [{"role": "user", "content": question}]
-    return sdk.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=80, **options)  # type: ignore[call-overload, no-any-return]
+    return sdk.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=160, **options)  # type: ignore[call-overload, no-any-return]
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
