@@ -97,7 +97,9 @@ class Project:
 
     def container(self, service: str) -> dict[str, Any]:
         """`docker inspect` of a service's container."""
-        identifier = self.run("ps", "-q", service).strip()
+        labels = {"project": self.name, "service": service}
+        filters = [part for k, v in labels.items() for part in ("--filter", f"label=com.docker.compose.{k}={v}")]
+        identifier = docker("ps", "--all", "--quiet", *filters).strip()
         assert identifier, f"{service} has no container"
         found: dict[str, Any] = json.loads(docker("inspect", identifier))[0]
         return found

@@ -53,7 +53,7 @@ def ours(service: str) -> str:
 
 @pytest.mark.parametrize("name", ("docker-compose.yml", *OVERRIDES))
 def test_files_are_readable_to_both_generations_of_compose(name: str) -> None:
-    """What 1.29 cannot read: a top-level name, nested defaults, merge tags. Without `version` it reads the v2 format."""
+    """1.29 knows no top-level name, nested defaults or merge tags; without `version` it reads the same format as v2."""
     text = (ROOT / name).read_text()
     assert not re.search(r"^(name|version|include|configs):", text, re.MULTILINE)
     assert "!reset" not in text and "!override" not in text
