@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL_DIR = ROOT / "models" / "tiny-moe"
 OMNI = Path(sys.executable).parent / "omni"
 START_TIMEOUT_S = 300.0
+# Engines load in half the time without torch.compile, and these tests load many.
+EAGER = {f"OMNI_{role}_VLLM__ENFORCE_EAGER": "true" for role in ("PREFILL", "DECODE")}
 POLL_S = 0.1
 
 
@@ -80,7 +82,7 @@ class LiveStack:
         self._up = subprocess.Popen(
             [*command, "--model", str(model), *arguments],
             cwd=ROOT,
-            env=os.environ | (environ or {}),
+            env=os.environ | EAGER | (environ or {}),
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -130,7 +130,8 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--max-num-batched-tokens": "4096",
         "--kv-cache-memory-bytes": str(1 << 28),
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *(x for kv in options.items() for x in kv)]
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command = [*server, *(x for kv in options.items() for x in kv)]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with running(command, f"http://127.0.0.1:{port}", "/health", log, {"VLLM_CPU_OMP_THREADS_BIND": "1"}) as url:
         # Without a prefill first, a long-context decode may end the worker (see libs/engine/UPSTREAM.md).

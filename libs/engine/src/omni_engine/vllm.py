@@ -29,7 +29,7 @@ from omni_engine.ports import (
     SamplingParams,
     StepSink,
 )
-from omni_engine.vllm_args import LaunchPlan, Role, plan_launch
+from omni_engine.vllm_args import LaunchPlan, Role, cores_by_rank, plan_launch
 from omni_engine.vllm_events import VllmEvents
 from omni_engine.vllm_leases import Leases
 from omni_engine.vllm_outputs import (
@@ -93,6 +93,10 @@ class VllmEngine:
         self._info = _describe(self._llm.vllm_config, self._plan, self._model, self._settings)
         self._leases = Leases(self._llm.engine_core, enabled=bool(self._settings.kv_connector))
         self._reader = asyncio.create_task(self._read_outputs(), name="vllm-outputs")
+        if self._settings.cores and self._settings.platform == "cpu":
+            await self._llm.engine_core.collective_rpc_async(
+                "omni_pin", _RPC_TIMEOUT_S, (cores_by_rank(self._settings.cores),)
+            )
         await self._warm_up()
 
     async def prefill(self, job: PrefillJob) -> PrefillResult:

@@ -49,7 +49,7 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enable_prefix_caching": settings.enable_prefix_caching,
         "enforce_eager": _eager(settings),
-        "worker_extension_cls": "omni_engine.vllm_worker.LeaseExtension",
+        "worker_extension_cls": "omni_engine.vllm_worker.WorkerExtension",
     }
     optional = {"max_model_len": settings.max_model_len, "block_size": settings.block_size}
     arguments |= {name: value for name, value in optional.items() if value is not None}
@@ -61,6 +61,22 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
     if endpoint:
         arguments["kv_events_config"] = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
     return LaunchPlan(arguments | settings.engine_args, _environment(settings), engine_id, endpoint)
+
+
+def cores_by_rank(cores: str) -> list[list[int]]:
+    """'0-1|4,6' as [[0, 1], [4, 6]].
+
+    Raises InvalidRequest for anything else.
+    """
+    try:
+        return [[core for part in rank.split(",") for core in _core_range(part)] for rank in cores.split("|")]
+    except ValueError:
+        raise InvalidRequest(f"vllm.cores: {cores!r} is not like '0-3' or '0-1|2-3'", field="vllm.cores") from None
+
+
+def _core_range(part: str) -> range:
+    first, dash, last = part.partition("-")
+    return range(int(first), int(last if dash else first) + 1)
 
 
 def _kv_transfer(settings: VllmSettings, role: Role, engine_id: str) -> dict[str, Any]:
@@ -79,7 +95,6 @@ def _environment(settings: VllmSettings) -> dict[str, str]:
     environment = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": settings.kv_host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(settings.kv_port or _free_port(settings.kv_host)),
-        "VLLM_NIXL_ABORT_REQUEST_TIMEOUT": str(int(settings.lease_s)),
         "UCX_TLS": settings.kv_transports,
         "UCX_NET_DEVICES": settings.kv_net_devices,
         # vLLM sets it too, but only where nixl has not been imported yet; our plugin imports it.
