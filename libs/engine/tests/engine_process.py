@@ -1,0 +1,130 @@
+"""A VllmEngine in a process of its own, driven through a pipe, so that two can hand blocks to each other."""
+
+import asyncio
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from omni_engine.ports import DecodeJob, SequenceOutput
+from omni_engine.vllm import VllmEngine
+from omni_engine.vllm_settings import VllmSettings
+
+START_TIMEOUT_S = 300.0
+CALL_TIMEOUT_S = 60.0
+
+
+class EngineProcess:
+    """Calls go to the engine in the child by name; errors come back as exceptions."""
+
+    def __init__(self, settings: VllmSettings, model_dir: Path, role: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, settings, model_dir, role))
+        self._process.start()
+
+    def wait_started(self) -> None:
+        self._receive(START_TIMEOUT_S)
+
+    def call(self, name: str, *args: Any) -> Any:
+        self._pipe.send((name, args))
+        return self._receive(CALL_TIMEOUT_S)
+
+    def generate(self, job: DecodeJob) -> list[SequenceOutput]:
+        """All outputs of a sequence, to its end."""
+        outputs: list[SequenceOutput] = self.call("generate", job)
+        return outputs
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(10)
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(None)
+            self._process.join(30)
+        if self._process.is_alive():
+            self.kill()
+
+    def _receive(self, timeout_s: float) -> Any:
+        assert self._pipe.poll(timeout_s), f"the engine did not answer within {timeout_s} s"
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@contextmanager
+def started(*engines: EngineProcess) -> Iterator[None]:
+    try:
+        for engine in engines:
+            engine.wait_started()
+        yield
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def _serve(pipe: Connection, settings: VllmSettings, model_dir: Path, role: Any) -> None:
+    asyncio.run(_answer(pipe, settings, model_dir, role))
+
+
+async def _answer(pipe: Connection, settings: VllmSettings, model_dir: Path, role: Any) -> None:
+    engine = VllmEngine(settings, model_dir, model_dir.name, role)
+    batches: list[Any] = []
+    try:
+        await engine.start()
+    except Exception as error:
+        pipe.send(error)
+        return
+    reader = asyncio.create_task(_collect(engine, batches))
+    pipe.send("started")
+    while (message := await asyncio.to_thread(pipe.recv)) is not None:
+        name, args = message
+        try:
+            pipe.send(await _call(engine, batches, name, args))
+        except Exception as error:
+            pipe.send(error)
+    reader.cancel()
+    await engine.close()
+
+
+async def _collect(engine: VllmEngine, batches: list[Any]) -> None:
+    async for batch in engine.events():
+        batches.append(batch)
+
+
+async def _call(engine: VllmEngine, batches: list[Any], name: str, args: tuple[Any, ...]) -> Any:
+    match name:
+        case "generate":
+            return await _generate(engine, *args)
+        case "submit_and_abort":
+            await engine.submit(args[0], lambda outputs: None)
+            return await engine.abort([args[0].request_id])
+        case "stats" | "info":
+            return engine.stats() if name == "stats" else engine.info
+        case "events":
+            return list(batches)
+    return await getattr(engine, name)(*args)
+
+
+async def _generate(engine: VllmEngine, job: DecodeJob) -> list[SequenceOutput]:
+    outputs: list[SequenceOutput] = []
+    ended = asyncio.Event()
+
+    def sink(batch: list[SequenceOutput]) -> None:
+        outputs.extend(batch)
+        if batch[-1].finish_reason is not None:
+            ended.set()
+
+    await engine.submit(job, sink)
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        await ended.wait()
+    return outputs
