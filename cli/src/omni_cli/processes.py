@@ -49,7 +49,7 @@ def child_environment(environ: Mapping[str, str], spec: ProcessSpec) -> dict[str
 
 
 def start(spec: ProcessSpec, logs: Path, environ: Mapping[str, str], cwd: Path, *, append: bool = False) -> Child:
-    """Start one process in its own session, its output going to `logs/<name>.log`."""
+    """Start one process in its own process group, its output going to `logs/<name>.log`."""
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / f"{spec.name}.log"
     with path.open("ab" if append else "wb") as log:
@@ -60,7 +60,9 @@ def start(spec: ProcessSpec, logs: Path, environ: Mapping[str, str], cwd: Path, 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            # A group of its own keeps Ctrl-C from it. Not a session: the kernel shares the cores evenly between sessions,
+            # and an engine core polls with sched_yield, so in sessions apart it would starve the proxy beside it.
+            process_group=0,
         )
     kv_port = next((int(v) for k, v in spec.environment.items() if k.endswith("VLLM__KV_PORT")), None)
     record = ProcessRecord(

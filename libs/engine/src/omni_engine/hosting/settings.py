@@ -33,7 +33,7 @@ class WorkerSettings(ServiceSettings):
     frame_window: int = Field(64, ge=1, description="Frames sent before an acknowledgement is awaited")
     max_pending_tokens: int = Field(65_536, ge=1, description="Unsent tokens at which a session is ended")
     submit_timeout_s: float = Field(10.0, gt=0, description="How long the engine may take to accept a sequence")
-    events_interval_s: float = Field(0.05, gt=0, description="Block events are published in batches this far apart")
+    events_interval_s: float = Field(0.2, gt=0, description="Block events are published in batches this far apart")
     max_mirrored_blocks: int = Field(1_000_000, ge=1, description="Blocks whose keys are remembered for the kvstore")
 
     @property
