@@ -247,10 +247,25 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: errors of this package become one line and an exit code."""
+    code = _run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gRPC's threads have been seen to hold up an interpreter's exit for minutes after a channel to a dead process.
+    os._exit(code)
+
+
+def _run() -> int:
     try:
         app()
     except CliError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    return 0
+
+
+if __name__ == "__main__":
+    main()
