@@ -60,7 +60,7 @@ def start(spec: ProcessSpec, logs: Path, environ: Mapping[str, str], cwd: Path, 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # A group of its own keeps Ctrl-C from it. Not a session: the kernel shares the cores evenly between sessions,
+            # A group of its own keeps Ctrl-C from it. Not a session: the kernel shares the cores evenly between those,
             # and an engine core polls with sched_yield, so in sessions apart it would starve the proxy beside it.
             process_group=0,
         )
