@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp_wire
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_stubs
 
@@ -105,6 +106,15 @@ class LiveStack:
         """Name -> record of state.json: pid, address."""
         state = json.loads((self._home / self.name / "state.json").read_text())
         return {record["name"]: record for record in state["processes"]}
+
+    def is_serving(self, name: str) -> bool:
+        """The health service's word for one process."""
+        with grpc.insecure_channel(self.processes()[name]["address"]) as channel:
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            except grpc.RpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def pid(self, name: str) -> int:
         pid: int = self.processes()[name]["pid"]

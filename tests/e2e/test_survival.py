@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.stack, pytest.mark.timeout(600)]
 
 # Few, so that an engine can load beside them on two cores.
 STREAMS = 3
+PAUSE_S = 0.3
+TOKENS = 60
 CLIENT_TIMEOUT_S = 60.0
 RELOAD_TIMEOUT_S = 240.0
 
@@ -27,7 +29,7 @@ def one_stream(url: str, model: str, number: int) -> str:
     body = {
         "model": model,
         "prompt": f"Once upon a time number {number} " * 20,
-        "max_tokens": 120,
+        "max_tokens": TOKENS,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -54,7 +56,7 @@ def one_stream(url: str, model: str, number: int) -> str:
         return f"broken: {type(error).__name__}"
     if not (done and finish and usage):
         return "truncated"
-    return "complete" if usage["completion_tokens"] == 120 else f"short: {usage['completion_tokens']}"
+    return "complete" if usage["completion_tokens"] == TOKENS else f"short: {usage['completion_tokens']}"
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def load(stack: LiveStack) -> Iterator[Counter[str]]:
         while not stop.is_set():
             outcomes[one_stream(stack.url, stack.model, number)] += 1
             number += STREAMS
-            stop.wait(0.02)
+            stop.wait(PAUSE_S)
 
     with ThreadPoolExecutor(STREAMS) as pool:
         clients = [pool.submit(client, i) for i in range(STREAMS)]
@@ -157,8 +159,8 @@ def is_back(stack: LiveStack, part: str, victim: int) -> bool:
             server = redis_server(stack)
         except psutil.NoSuchProcess:  # kvstore itself was replaced
             return False
-        if server is None or server.pid == victim:
-            return False
-    elif stack.pid(part) == victim:
+        return server is not None and server.pid != victim and stack.is_serving("kvstore")
+    if stack.pid(part) == victim or not stack.is_serving(part):
         return False
-    return stack.omni("status", "--json", check=False).returncode == 0
+    with stack.client() as http:
+        return all(worker["takes_work"] for worker in http.get("/workers").json()["workers"])
