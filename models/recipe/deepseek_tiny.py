@@ -147,8 +147,8 @@ def random_weight(name: str, size: tuple[int, ...], generator: torch.Generator) 
         return 0.05 * torch.randn(size, generator=generator)
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16)
-    # Unit-variance activations and a sharp head: the usual 0.02 would give near ties between tokens, and
-    # two correct engines would then differ greedily by rounding alone.
+    # Unit-variance activations and a sharp head: the usual 0.02 would make near ties between tokens common,
+    # and two correct engines would then differ greedily by rounding alone. Ties stay possible.
     scale = {"embed_tokens.weight": 1.0, "head.weight": 4 / size[1] ** 0.5}
     gain = next((value for end, value in scale.items() if name.endswith(end)), size[1] ** -0.5)
     weight: Tensor = gain * torch.randn(size, generator=generator)

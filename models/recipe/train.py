@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the tiny demonstration model from nothing: text, tokenizer, weights, figures. CPU only.
 
-    python train.py --steps 2400 --out ../tiny-moe        the committed model, about a quarter of an hour on two free cores
+    python train.py --steps 2400 --out ../tiny-moe        the committed model, a quarter of an hour on two free cores
     python train.py --steps 60 --out /tmp/smoke           does the recipe run? answers are nonsense
 
 A step reads 2,048 tokens in rows of 256. The last eighth of the steps reads one row of 3,072 tokens each,
