@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.stack, pytest.mark.timeout(600)]
 STREAMS = 3
 PAUSE_S = 0.3
 TOKENS = 60
+ENGINES = ("prefill-0", "decode-0")
 CLIENT_TIMEOUT_S = 60.0
 RELOAD_TIMEOUT_S = 240.0
 
@@ -107,18 +108,26 @@ def check(outcomes: Counter[str]) -> None:
 
 @pytest.mark.parametrize("part", ["placement", "kvstore", "redis", "prefill-0", "decode-0"])
 def test_killed_under_load(stack: LiveStack, part: str) -> None:
+    is_engine = part in ENGINES
     with load(stack) as outcomes:
         warmed(stack, outcomes)
         victim = kill(stack, part)
-        eventually(f"{part} is replaced", lambda: is_back(stack, part, victim), RELOAD_TIMEOUT_S)
-        came_back = time.monotonic()
-        warmed(stack, outcomes, more=1)
-        took_s = time.monotonic() - came_back
+        if is_engine:
+            # An engine loads when the load is over: a busy host may hold up its start (libs/engine/UPSTREAM.md, 11).
+            ended = outcomes.total()
+            eventually("streams end", lambda: outcomes.total() >= ended + 2 * STREAMS, CLIENT_TIMEOUT_S)
+        else:
+            eventually(f"{part} is replaced", lambda: is_back(stack, part, victim), RELOAD_TIMEOUT_S)
+            warmed(stack, outcomes, more=2 * STREAMS)
     check(outcomes)
-    print(f"{part}: requests complete {took_s:.2f} s after its return")
+    eventually(f"{part} is back", lambda: is_back(stack, part, victim), RELOAD_TIMEOUT_S)
+    began = time.monotonic()
     assert one_stream(stack.url, stack.model, 0) == "complete"
+    took_s = time.monotonic() - began
+    print(f"{part}: a request completed {took_s:.2f} s after its return")
+    assert took_s < 5
     eventually("everything is released", lambda: is_quiet(stack), 60)
-    if part in ("placement", "kvstore", "redis", "prefill-0"):
+    if part != "decode-0":
         assert not [o for o in outcomes if o.startswith("error: ")], "these deaths cost no request"
 
 
