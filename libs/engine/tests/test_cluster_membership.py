@@ -86,7 +86,7 @@ async def test_registers_renews_tells_draining_and_leaves(hosted):
             assert not store.registers[1].HasField("info")
             worker.host.admission.set_draining(True)
             await store.until(lambda: store.registers[-1].draining)
-        assert store.registers[-1].leave
+        await store.until(lambda: store.registers[-1].leave)
 
 
 async def test_blocks_are_published_under_our_keys(hosted):

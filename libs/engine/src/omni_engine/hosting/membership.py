@@ -67,12 +67,15 @@ class Membership:
     async def _exchange(
         self, call: "grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]", request: RegisterRequest
     ) -> RegisterResponse:
-        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            await call.write(request)
-            response = await call.read()
-        if not isinstance(response, RegisterResponse):
-            raise TimeoutError("the kvstore ended the stream")
-        return response
+        """One message and its answer. Cancelling lets the exchange end first: gRPC cancels a call together with a
+        coroutine that reads from it, and then the worker could not say that it leaves."""
+        exchange = asyncio.ensure_future(_converse(call, request))
+        try:
+            return await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            await asyncio.wait({exchange}, timeout=_LEAVE_TIMEOUT_S)
+            exchange.cancel()
+            raise
 
     async def _pause(self, seconds: float, told_draining: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -107,3 +110,14 @@ class Membership:
         code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
         detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else ""
         log.warning("kvstore not reached; serving goes on", extra={"code": code, "detail": detail})
+
+
+async def _converse(
+    call: "grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]", request: RegisterRequest
+) -> RegisterResponse:
+    async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+        await call.write(request)
+        response = await call.read()
+    if not isinstance(response, RegisterResponse):
+        raise TimeoutError("the kvstore ended the stream")
+    return response
