@@ -1,7 +1,7 @@
 """Token ids to text, one at a time, joining to exactly what decoding all at once gives.
 
-Byte-level and byte-fallback vocabularies are a table of bytes per token id and an incremental UTF-8 decoder,
-0.3 us a token; `tokenizers.DecodeStream` takes 1 to 3 us and cannot flush. Other decoders re-decode a short window.
+Byte-level and byte-fallback vocabularies are a table of bytes per token id and an incremental UTF-8 decoder;
+`tokenizers.DecodeStream` cannot flush what it holds back. Other decoders re-decode a short window.
 """
 
 import codecs

@@ -1,7 +1,7 @@
 """Text and token ids of one model: tokenizer, chat template, detokenizers.
 
 The tokenizer is the `tokenizers` library on tokenizer.json; the chat template runs in the same jinja2 sandbox with the
-same filters and globals that transformers uses, without importing it (a second and 80 MiB saved).
+same filters and globals that transformers uses, without importing it.
 """
 
 import asyncio
