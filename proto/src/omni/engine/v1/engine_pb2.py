@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from omni.kv.v1 import kv_pb2 as omni_dot_kv_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bomni/engine/v1/engine.proto\x12\x0eomni.engine.v1\"\xe0\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x03\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\rH\x04\x88\x01\x01\x12;\n\nlogit_bias\x18\x0e \x03(\x0b\x32\'.omni.engine.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"U\n\x08Logprobs\x12\r\n\x05width\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x15\n\rsampled_ranks\x18\x04 \x03(\r\"V\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\ncompute_ms\x18\x02 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\"\xe4\x03\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\"\n\x04role\x18\x03 \x01(\x0e\x32\x14.omni.engine.v1.Role\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x0c \x01(\t\x12\x14\n\x0ckv_connector\x18\r \x01(\t\x12\x11\n\tengine_id\x18\x0e \x01(\t\x12\x16\n\x0elayout_version\x18\x0f \x01(\x04\x12\x36\n\x06labels\x18\x10 \x03(\x0b\x32&.omni.engine.v1.WorkerInfo.LabelsEntry\x12\x16\n\x0enum_moe_layers\x18\x11 \x01(\r\x12\x13\n\x0bnum_experts\x18\x12 \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*N\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\r\n\tROLE_BOTH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bomni/engine/v1/engine.proto\x12\x0eomni.engine.v1\x1a\x13omni/kv/v1/kv.proto\"\xe0\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x03\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\x08logprobs\x18\r \x01(\rH\x04\x88\x01\x01\x12;\n\nlogit_bias\x18\x0e \x03(\x0b\x32\'.omni.engine.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"U\n\x08Logprobs\x12\r\n\x05width\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x15\n\rsampled_ranks\x18\x04 \x03(\r\"V\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\ncompute_ms\x18\x02 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\"X\n\x08PoolCost\x12\"\n\x06medium\x18\x01 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nlatency_ms\x18\x02 \x01(\x01\x12\x14\n\x0cms_per_block\x18\x03 \x01(\x01\"\x8c\x04\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\"\n\x04role\x18\x03 \x01(\x0e\x32\x14.omni.engine.v1.Role\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x0c \x01(\t\x12\x14\n\x0ckv_connector\x18\r \x01(\t\x12\x11\n\tengine_id\x18\x0e \x01(\t\x12\x16\n\x0elayout_version\x18\x0f \x01(\x04\x12\x36\n\x06labels\x18\x10 \x03(\x0b\x32&.omni.engine.v1.WorkerInfo.LabelsEntry\x12\x16\n\x0enum_moe_layers\x18\x11 \x01(\r\x12\x13\n\x0bnum_experts\x18\x12 \x01(\r\x12&\n\x04pool\x18\x13 \x01(\x0b\x32\x18.omni.engine.v1.PoolCost\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*^\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\r\n\tROLE_BOTH\x10\x03\x12\x0e\n\nROLE_STORE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,20 +36,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_WORKERINFO_LABELSENTRY']._loaded_options = None
   _globals['_WORKERINFO_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1193
-  _globals['_FINISHREASON']._serialized_end=1338
-  _globals['_ROLE']._serialized_start=1340
-  _globals['_ROLE']._serialized_end=1418
-  _globals['_SAMPLING']._serialized_start=48
-  _globals['_SAMPLING']._serialized_end=528
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=409
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=457
-  _globals['_LOGPROBS']._serialized_start=530
-  _globals['_LOGPROBS']._serialized_end=615
-  _globals['_TIMINGS']._serialized_start=617
-  _globals['_TIMINGS']._serialized_end=703
-  _globals['_WORKERINFO']._serialized_start=706
-  _globals['_WORKERINFO']._serialized_end=1190
-  _globals['_WORKERINFO_LABELSENTRY']._serialized_start=1145
-  _globals['_WORKERINFO_LABELSENTRY']._serialized_end=1190
+  _globals['_FINISHREASON']._serialized_start=1344
+  _globals['_FINISHREASON']._serialized_end=1489
+  _globals['_ROLE']._serialized_start=1491
+  _globals['_ROLE']._serialized_end=1585
+  _globals['_SAMPLING']._serialized_start=69
+  _globals['_SAMPLING']._serialized_end=549
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=430
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=478
+  _globals['_LOGPROBS']._serialized_start=551
+  _globals['_LOGPROBS']._serialized_end=636
+  _globals['_TIMINGS']._serialized_start=638
+  _globals['_TIMINGS']._serialized_end=724
+  _globals['_POOLCOST']._serialized_start=726
+  _globals['_POOLCOST']._serialized_end=814
+  _globals['_WORKERINFO']._serialized_start=817
+  _globals['_WORKERINFO']._serialized_end=1341
+  _globals['_WORKERINFO_LABELSENTRY']._serialized_start=1296
+  _globals['_WORKERINFO_LABELSENTRY']._serialized_end=1341
 # @@protoc_insertion_point(module_scope)

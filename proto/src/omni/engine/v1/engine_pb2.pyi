@@ -1,3 +1,4 @@
+from omni.kv.v1 import kv_pb2 as _kv_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -21,6 +22,7 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_PREFILL: _ClassVar[Role]
     ROLE_DECODE: _ClassVar[Role]
     ROLE_BOTH: _ClassVar[Role]
+    ROLE_STORE: _ClassVar[Role]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -30,6 +32,7 @@ ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
 ROLE_BOTH: Role
+ROLE_STORE: Role
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
@@ -94,8 +97,18 @@ class Timings(_message.Message):
     total_ms: float
     def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
+class PoolCost(_message.Message):
+    __slots__ = ("medium", "latency_ms", "ms_per_block")
+    MEDIUM_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
+    MS_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    medium: _kv_pb2.Medium
+    latency_ms: float
+    ms_per_block: float
+    def __init__(self, medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., latency_ms: _Optional[float] = ..., ms_per_block: _Optional[float] = ...) -> None: ...
+
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "address", "role", "epoch", "model", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "engine", "engine_version", "kv_connector", "engine_id", "layout_version", "labels", "num_moe_layers", "num_experts")
+    __slots__ = ("worker_id", "address", "role", "epoch", "model", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "engine", "engine_version", "kv_connector", "engine_id", "layout_version", "labels", "num_moe_layers", "num_experts", "pool")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +134,7 @@ class WorkerInfo(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     NUM_MOE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     role: Role
@@ -139,4 +153,5 @@ class WorkerInfo(_message.Message):
     labels: _containers.ScalarMap[str, str]
     num_moe_layers: int
     num_experts: int
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., kv_connector: _Optional[str] = ..., engine_id: _Optional[str] = ..., layout_version: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ..., num_moe_layers: _Optional[int] = ..., num_experts: _Optional[int] = ...) -> None: ...
+    pool: PoolCost
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., kv_connector: _Optional[str] = ..., engine_id: _Optional[str] = ..., layout_version: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ..., num_moe_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., pool: _Optional[_Union[PoolCost, _Mapping]] = ...) -> None: ...

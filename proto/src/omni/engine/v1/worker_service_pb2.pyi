@@ -1,4 +1,5 @@
 from omni.engine.v1 import engine_pb2 as _engine_pb2
+from omni.kv.v1 import kv_pb2 as _kv_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Mapping as _Mapping
@@ -63,3 +64,17 @@ class DrainResponse(_message.Message):
     running: int
     leases: int
     def __init__(self, drained: _Optional[bool] = ..., running: _Optional[int] = ..., leases: _Optional[int] = ...) -> None: ...
+
+class ListBlocksRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBlocksResponse(_message.Message):
+    __slots__ = ("epoch", "medium", "block_keys")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MEDIUM_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    medium: _kv_pb2.Medium
+    block_keys: bytes
+    def __init__(self, epoch: _Optional[int] = ..., medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., block_keys: _Optional[bytes] = ...) -> None: ...

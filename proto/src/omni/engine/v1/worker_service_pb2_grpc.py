@@ -50,6 +50,11 @@ class WorkerServiceStub:
                 request_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainRequest.SerializeToString,
                 response_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ListBlocks = channel.unary_stream(
+                '/omni.engine.v1.WorkerService/ListBlocks',
+                request_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.ListBlocksRequest.SerializeToString,
+                response_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.ListBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -77,6 +82,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBlocks(self, request, context):
+        """Every block the engine caches, as the worker's own mirror of it has them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainRequest.FromString,
                     response_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainResponse.SerializeToString,
+            ),
+            'ListBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListBlocks,
+                    request_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.ListBlocksRequest.FromString,
+                    response_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.ListBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class WorkerService:
             '/omni.engine.v1.WorkerService/Drain',
             omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainRequest.SerializeToString,
             omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/omni.engine.v1.WorkerService/ListBlocks',
+            omni_dot_engine_dot_v1_dot_worker__service__pb2.ListBlocksRequest.SerializeToString,
+            omni_dot_engine_dot_v1_dot_worker__service__pb2.ListBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,39 +26,51 @@ from omni.engine.v1 import engine_pb2 as omni_dot_engine_dot_v1_dot_engine__pb2
 from omni.kv.v1 import kv_pb2 as omni_dot_kv_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%omni/kvstore/v1/kvstore_service.proto\x12\x0fomni.kvstore.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\\\n\x0fRegisterRequest\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.omni.engine.v1.WorkerInfo\x12\r\n\x05leave\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"J\n\x10RegisterResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12\x16\n\x0ewants_snapshot\x18\x03 \x01(\x08\"r\n\nBlockEvent\x12,\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1c.omni.kvstore.v1.BlockAction\x12\"\n\x06medium\x18\x02 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\"\x89\x01\n\x14PublishBlocksRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\x12+\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x1b.omni.kvstore.v1.BlockEvent\"J\n\x15PublishBlocksResponse\x12\x19\n\x11\x61\x63\x63\x65pted_sequence\x18\x01 \x01(\x04\x12\x16\n\x0ewants_snapshot\x18\x02 \x01(\x08\"F\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\"X\n\x0bPrefixMatch\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x06medium\x18\x02 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"?\n\x0eLookupResponse\x12-\n\x07matches\x18\x01 \x03(\x0b\x32\x1c.omni.kvstore.v1.PrefixMatch\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x08\"[\n\x0cWorkerChange\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.omni.engine.v1.WorkerInfo\x12\x0f\n\x07removed\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"[\n\x0b\x42lockChange\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1b.omni.kvstore.v1.BlockEvent\"\xa2\x01\n\rWatchResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12.\n\x07workers\x18\x03 \x03(\x0b\x32\x1d.omni.kvstore.v1.WorkerChange\x12,\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x1c.omni.kvstore.v1.BlockChange\x12\x10\n\x08\x64\x65graded\x18\x05 \x01(\x08*x\n\x0b\x42lockAction\x12\x1c\n\x18\x42LOCK_ACTION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42LOCK_ACTION_STORED\x10\x01\x12\x18\n\x14\x42LOCK_ACTION_REMOVED\x10\x02\x12\x18\n\x14\x42LOCK_ACTION_CLEARED\x10\x03\x32\xdc\x02\n\x0eKvStoreService\x12S\n\x08Register\x12 .omni.kvstore.v1.RegisterRequest\x1a!.omni.kvstore.v1.RegisterResponse(\x01\x30\x01\x12`\n\rPublishBlocks\x12%.omni.kvstore.v1.PublishBlocksRequest\x1a&.omni.kvstore.v1.PublishBlocksResponse(\x01\x12I\n\x06Lookup\x12\x1e.omni.kvstore.v1.LookupRequest\x1a\x1f.omni.kvstore.v1.LookupResponse\x12H\n\x05Watch\x12\x1d.omni.kvstore.v1.WatchRequest\x1a\x1e.omni.kvstore.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%omni/kvstore/v1/kvstore_service.proto\x12\x0fomni.kvstore.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\\\n\x0fRegisterRequest\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.omni.engine.v1.WorkerInfo\x12\r\n\x05leave\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"J\n\x10RegisterResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12\x16\n\x0ewants_snapshot\x18\x03 \x01(\x08\"\x93\x01\n\nBlockEvent\x12,\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1c.omni.kvstore.v1.BlockAction\x12\"\n\x06medium\x18\x02 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\x12\x0c\n\x04span\x18\x04 \x01(\x0c\x12\x11\n\tpositions\x18\x05 \x03(\r\"\xa3\x01\n\x14PublishBlocksRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\x12+\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x1b.omni.kvstore.v1.BlockEvent\x12\x18\n\x10occurred_unix_ms\x18\x06 \x01(\x04\"J\n\x15PublishBlocksResponse\x12\x19\n\x11\x61\x63\x63\x65pted_sequence\x18\x01 \x01(\x04\x12\x16\n\x0ewants_snapshot\x18\x02 \x01(\x08\"F\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\"f\n\x0bPrefixMatch\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x06medium\x18\x02 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x0c\n\x04pool\x18\x04 \x01(\t\"Q\n\x0eLookupResponse\x12-\n\x07matches\x18\x01 \x03(\x0b\x32\x1c.omni.kvstore.v1.PrefixMatch\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\"/\n\rWatchPosition\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\x12\r\n\x05\x65vent\x18\x02 \x01(\x04\"]\n\x0cWatchRequest\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x08\x12\r\n\x05model\x18\x02 \x01(\t\x12.\n\x06resume\x18\x03 \x01(\x0b\x32\x1e.omni.kvstore.v1.WatchPosition\"[\n\x0cWorkerChange\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.omni.engine.v1.WorkerInfo\x12\x0f\n\x07removed\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"[\n\x0b\x42lockChange\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1b.omni.kvstore.v1.BlockEvent\"\xe6\x01\n\rWatchResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12.\n\x07workers\x18\x03 \x03(\x0b\x32\x1d.omni.kvstore.v1.WorkerChange\x12,\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x1c.omni.kvstore.v1.BlockChange\x12\x10\n\x08\x64\x65graded\x18\x05 \x01(\x08\x12\x30\n\x08position\x18\x06 \x01(\x0b\x32\x1e.omni.kvstore.v1.WatchPosition\x12\x10\n\x08\x63omplete\x18\x07 \x01(\x08\"#\n\x12ListWorkersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x9d\x01\n\x0bWorkerState\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.omni.engine.v1.WorkerInfo\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x14\n\x0clease_left_s\x18\x03 \x01(\x01\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x16\n\x0ewants_snapshot\x18\x05 \x01(\x08\x12\x12\n\nnum_blocks\x18\x06 \x01(\x04\"V\n\x13ListWorkersResponse\x12-\n\x07workers\x18\x01 \x03(\x0b\x32\x1c.omni.kvstore.v1.WorkerState\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\"&\n\x11ListBlocksRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"m\n\x12ListBlocksResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x06medium\x18\x02 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\x12\x10\n\x08\x64\x65graded\x18\x04 \x01(\x08*x\n\x0b\x42lockAction\x12\x1c\n\x18\x42LOCK_ACTION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42LOCK_ACTION_STORED\x10\x01\x12\x18\n\x14\x42LOCK_ACTION_REMOVED\x10\x02\x12\x18\n\x14\x42LOCK_ACTION_CLEARED\x10\x03\x32\x8f\x04\n\x0eKvStoreService\x12S\n\x08Register\x12 .omni.kvstore.v1.RegisterRequest\x1a!.omni.kvstore.v1.RegisterResponse(\x01\x30\x01\x12`\n\rPublishBlocks\x12%.omni.kvstore.v1.PublishBlocksRequest\x1a&.omni.kvstore.v1.PublishBlocksResponse(\x01\x12I\n\x06Lookup\x12\x1e.omni.kvstore.v1.LookupRequest\x1a\x1f.omni.kvstore.v1.LookupResponse\x12H\n\x05Watch\x12\x1d.omni.kvstore.v1.WatchRequest\x1a\x1e.omni.kvstore.v1.WatchResponse0\x01\x12X\n\x0bListWorkers\x12#.omni.kvstore.v1.ListWorkersRequest\x1a$.omni.kvstore.v1.ListWorkersResponse\x12W\n\nListBlocks\x12\".omni.kvstore.v1.ListBlocksRequest\x1a#.omni.kvstore.v1.ListBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omni.kvstore.v1.kvstore_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BLOCKACTION']._serialized_start=1220
-  _globals['_BLOCKACTION']._serialized_end=1340
+  _globals['_BLOCKACTION']._serialized_start=1928
+  _globals['_BLOCKACTION']._serialized_end=2048
   _globals['_REGISTERREQUEST']._serialized_start=108
   _globals['_REGISTERREQUEST']._serialized_end=200
   _globals['_REGISTERRESPONSE']._serialized_start=202
   _globals['_REGISTERRESPONSE']._serialized_end=276
-  _globals['_BLOCKEVENT']._serialized_start=278
-  _globals['_BLOCKEVENT']._serialized_end=392
-  _globals['_PUBLISHBLOCKSREQUEST']._serialized_start=395
-  _globals['_PUBLISHBLOCKSREQUEST']._serialized_end=532
-  _globals['_PUBLISHBLOCKSRESPONSE']._serialized_start=534
-  _globals['_PUBLISHBLOCKSRESPONSE']._serialized_end=608
-  _globals['_LOOKUPREQUEST']._serialized_start=610
-  _globals['_LOOKUPREQUEST']._serialized_end=680
-  _globals['_PREFIXMATCH']._serialized_start=682
-  _globals['_PREFIXMATCH']._serialized_end=770
-  _globals['_LOOKUPRESPONSE']._serialized_start=772
-  _globals['_LOOKUPRESPONSE']._serialized_end=835
-  _globals['_WATCHREQUEST']._serialized_start=837
-  _globals['_WATCHREQUEST']._serialized_end=867
-  _globals['_WORKERCHANGE']._serialized_start=869
-  _globals['_WORKERCHANGE']._serialized_end=960
-  _globals['_BLOCKCHANGE']._serialized_start=962
-  _globals['_BLOCKCHANGE']._serialized_end=1053
-  _globals['_WATCHRESPONSE']._serialized_start=1056
-  _globals['_WATCHRESPONSE']._serialized_end=1218
-  _globals['_KVSTORESERVICE']._serialized_start=1343
-  _globals['_KVSTORESERVICE']._serialized_end=1691
+  _globals['_BLOCKEVENT']._serialized_start=279
+  _globals['_BLOCKEVENT']._serialized_end=426
+  _globals['_PUBLISHBLOCKSREQUEST']._serialized_start=429
+  _globals['_PUBLISHBLOCKSREQUEST']._serialized_end=592
+  _globals['_PUBLISHBLOCKSRESPONSE']._serialized_start=594
+  _globals['_PUBLISHBLOCKSRESPONSE']._serialized_end=668
+  _globals['_LOOKUPREQUEST']._serialized_start=670
+  _globals['_LOOKUPREQUEST']._serialized_end=740
+  _globals['_PREFIXMATCH']._serialized_start=742
+  _globals['_PREFIXMATCH']._serialized_end=844
+  _globals['_LOOKUPRESPONSE']._serialized_start=846
+  _globals['_LOOKUPRESPONSE']._serialized_end=927
+  _globals['_WATCHPOSITION']._serialized_start=929
+  _globals['_WATCHPOSITION']._serialized_end=976
+  _globals['_WATCHREQUEST']._serialized_start=978
+  _globals['_WATCHREQUEST']._serialized_end=1071
+  _globals['_WORKERCHANGE']._serialized_start=1073
+  _globals['_WORKERCHANGE']._serialized_end=1164
+  _globals['_BLOCKCHANGE']._serialized_start=1166
+  _globals['_BLOCKCHANGE']._serialized_end=1257
+  _globals['_WATCHRESPONSE']._serialized_start=1260
+  _globals['_WATCHRESPONSE']._serialized_end=1490
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1492
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1527
+  _globals['_WORKERSTATE']._serialized_start=1530
+  _globals['_WORKERSTATE']._serialized_end=1687
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1689
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1775
+  _globals['_LISTBLOCKSREQUEST']._serialized_start=1777
+  _globals['_LISTBLOCKSREQUEST']._serialized_end=1815
+  _globals['_LISTBLOCKSRESPONSE']._serialized_start=1817
+  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1926
+  _globals['_KVSTORESERVICE']._serialized_start=2051
+  _globals['_KVSTORESERVICE']._serialized_end=2578
 # @@protoc_insertion_point(module_scope)

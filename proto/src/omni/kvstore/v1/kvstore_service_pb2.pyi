@@ -41,28 +41,34 @@ class RegisterResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., lease_s: _Optional[float] = ..., wants_snapshot: _Optional[bool] = ...) -> None: ...
 
 class BlockEvent(_message.Message):
-    __slots__ = ("action", "medium", "block_keys")
+    __slots__ = ("action", "medium", "block_keys", "span", "positions")
     ACTION_FIELD_NUMBER: _ClassVar[int]
     MEDIUM_FIELD_NUMBER: _ClassVar[int]
     BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    SPAN_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     action: BlockAction
     medium: _kv_pb2.Medium
     block_keys: bytes
-    def __init__(self, action: _Optional[_Union[BlockAction, str]] = ..., medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., block_keys: _Optional[bytes] = ...) -> None: ...
+    span: bytes
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, action: _Optional[_Union[BlockAction, str]] = ..., medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., block_keys: _Optional[bytes] = ..., span: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PublishBlocksRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "sequence", "snapshot", "events")
+    __slots__ = ("worker_id", "epoch", "sequence", "snapshot", "events", "occurred_unix_ms")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    OCCURRED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     sequence: int
     snapshot: bool
     events: _containers.RepeatedCompositeFieldContainer[BlockEvent]
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., snapshot: _Optional[bool] = ..., events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ...) -> None: ...
+    occurred_unix_ms: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., snapshot: _Optional[bool] = ..., events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ..., occurred_unix_ms: _Optional[int] = ...) -> None: ...
 
 class PublishBlocksResponse(_message.Message):
     __slots__ = ("accepted_sequence", "wants_snapshot")
@@ -83,26 +89,42 @@ class LookupRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., block_size: _Optional[int] = ..., block_keys: _Optional[bytes] = ...) -> None: ...
 
 class PrefixMatch(_message.Message):
-    __slots__ = ("worker_id", "medium", "num_blocks")
+    __slots__ = ("worker_id", "medium", "num_blocks", "pool")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MEDIUM_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     medium: _kv_pb2.Medium
     num_blocks: int
-    def __init__(self, worker_id: _Optional[str] = ..., medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    pool: str
+    def __init__(self, worker_id: _Optional[str] = ..., medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., num_blocks: _Optional[int] = ..., pool: _Optional[str] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("matches",)
+    __slots__ = ("matches", "degraded")
     MATCHES_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     matches: _containers.RepeatedCompositeFieldContainer[PrefixMatch]
-    def __init__(self, matches: _Optional[_Iterable[_Union[PrefixMatch, _Mapping]]] = ...) -> None: ...
+    degraded: bool
+    def __init__(self, matches: _Optional[_Iterable[_Union[PrefixMatch, _Mapping]]] = ..., degraded: _Optional[bool] = ...) -> None: ...
+
+class WatchPosition(_message.Message):
+    __slots__ = ("dataset", "event")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    event: int
+    def __init__(self, dataset: _Optional[str] = ..., event: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("blocks",)
+    __slots__ = ("blocks", "model", "resume")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     blocks: bool
-    def __init__(self, blocks: _Optional[bool] = ...) -> None: ...
+    model: str
+    resume: WatchPosition
+    def __init__(self, blocks: _Optional[bool] = ..., model: _Optional[str] = ..., resume: _Optional[_Union[WatchPosition, _Mapping]] = ...) -> None: ...
 
 class WorkerChange(_message.Message):
     __slots__ = ("info", "removed", "draining")
@@ -125,15 +147,67 @@ class BlockChange(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., event: _Optional[_Union[BlockEvent, _Mapping]] = ...) -> None: ...
 
 class WatchResponse(_message.Message):
-    __slots__ = ("version", "snapshot", "workers", "blocks", "degraded")
+    __slots__ = ("version", "snapshot", "workers", "blocks", "degraded", "position", "complete")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
     version: int
     snapshot: bool
     workers: _containers.RepeatedCompositeFieldContainer[WorkerChange]
     blocks: _containers.RepeatedCompositeFieldContainer[BlockChange]
     degraded: bool
-    def __init__(self, version: _Optional[int] = ..., snapshot: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerChange, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[BlockChange, _Mapping]]] = ..., degraded: _Optional[bool] = ...) -> None: ...
+    position: WatchPosition
+    complete: bool
+    def __init__(self, version: _Optional[int] = ..., snapshot: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerChange, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[BlockChange, _Mapping]]] = ..., degraded: _Optional[bool] = ..., position: _Optional[_Union[WatchPosition, _Mapping]] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class ListWorkersRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class WorkerState(_message.Message):
+    __slots__ = ("info", "draining", "lease_left_s", "sequence", "wants_snapshot", "num_blocks")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LEASE_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    WANTS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    info: _engine_pb2.WorkerInfo
+    draining: bool
+    lease_left_s: float
+    sequence: int
+    wants_snapshot: bool
+    num_blocks: int
+    def __init__(self, info: _Optional[_Union[_engine_pb2.WorkerInfo, _Mapping]] = ..., draining: _Optional[bool] = ..., lease_left_s: _Optional[float] = ..., sequence: _Optional[int] = ..., wants_snapshot: _Optional[bool] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class ListWorkersResponse(_message.Message):
+    __slots__ = ("workers", "degraded")
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerState]
+    degraded: bool
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., degraded: _Optional[bool] = ...) -> None: ...
+
+class ListBlocksRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class ListBlocksResponse(_message.Message):
+    __slots__ = ("epoch", "medium", "block_keys", "degraded")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MEDIUM_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    medium: _kv_pb2.Medium
+    block_keys: bytes
+    degraded: bool
+    def __init__(self, epoch: _Optional[int] = ..., medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., block_keys: _Optional[bytes] = ..., degraded: _Optional[bool] = ...) -> None: ...

@@ -55,6 +55,16 @@ class KvStoreServiceStub:
                 request_serializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.WatchRequest.SerializeToString,
                 response_deserializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.ListWorkers = channel.unary_unary(
+                '/omni.kvstore.v1.KvStoreService/ListWorkers',
+                request_serializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListWorkersRequest.SerializeToString,
+                response_deserializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListWorkersResponse.FromString,
+                _registered_method=True)
+        self.ListBlocks = channel.unary_stream(
+                '/omni.kvstore.v1.KvStoreService/ListBlocks',
+                request_serializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListBlocksRequest.SerializeToString,
+                response_deserializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class KvStoreServiceServicer:
@@ -77,14 +87,28 @@ class KvStoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Lookup(self, request, context):
-        """Longest known prefix per worker and medium.
+        """Longest known prefix per worker and tier.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """A snapshot of workers (and blocks), then changes.
+        """A snapshot of workers (and blocks), then changes; from a known position, only what changed since.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWorkers(self, request, context):
+        """Members with the state of their lease and of their blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBlocks(self, request, context):
+        """Every block known of one worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +136,16 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.WatchRequest.FromString,
                     response_serializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.WatchResponse.SerializeToString,
+            ),
+            'ListWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkers,
+                    request_deserializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListWorkersRequest.FromString,
+                    response_serializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'ListBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListBlocks,
+                    request_deserializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListBlocksRequest.FromString,
+                    response_serializer=omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +257,60 @@ class KvStoreService:
             '/omni.kvstore.v1.KvStoreService/Watch',
             omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.WatchRequest.SerializeToString,
             omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.kvstore.v1.KvStoreService/ListWorkers',
+            omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListWorkersRequest.SerializeToString,
+            omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/omni.kvstore.v1.KvStoreService/ListBlocks',
+            omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListBlocksRequest.SerializeToString,
+            omni_dot_kvstore_dot_v1_dot_kvstore__service__pb2.ListBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,
