@@ -1,15 +1,13 @@
 """Published blocks as lookups and watchers see them."""
 
 import asyncio
-from collections.abc import Iterable
 from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from omni_common.rpc_errors import from_rpc_error
+from omni_kvstore.feed import Interest
 
 
 async def test_lookup_finds_the_longest_prefix_per_worker_and_medium(
@@ -22,16 +20,16 @@ async def test_lookup_finds_the_longest_prefix_per_worker_and_medium(
         batch(2, ("removed", keys(3)), ("stored", keys(5))),
     )
     await replica.publish(batch(1, ("stored", keys(1, 2, 3, 4)), worker_id="w2"))
-    expected = {("w1", 1): 2, ("w1", 2): 2, ("w2", 1): 4}
-    assert await replica.lookup(keys(1, 2, 3, 4, 5)) == expected
-    assert await replica.lookup(keys(1)) == {("w1", 1): 1, ("w1", 2): 1, ("w2", 1): 1}
+    await replica.publish(batch(3, ("stored", keys(3), 2)))
+    # w1 has blocks 1 and 2 in the device's memory and 3 in the host's: tiers add up.
+    assert await replica.lookup(keys(1, 2, 3, 4, 5)) == {("w1", 1): 2, ("w1", 2): 3, ("w2", 1): 4}
+    assert await replica.lookup(keys(1)) == {("w1", 1): 1, ("w2", 1): 1}
     assert await replica.lookup(keys(9, 1)) == await replica.lookup(b"") == {}
 
 
 @pytest.mark.parametrize(
     ("fields", "is_found"),
     [
-        pytest.param({}, True, id="any"),
         pytest.param({"model": "m", "block_size": 16}, True, id="equal"),
         pytest.param({"model": "other"}, False, id="other model"),
         pytest.param({"block_size": 128}, False, id="other block size"),
@@ -50,8 +48,9 @@ async def test_cleared_forgets_everything(replica: Any, info: Any, batch: Any, k
     await replica.register().beat(info())
     await replica.publish(batch(1, ("stored", keys(1, 2)), ("cleared",), ("stored", keys(2))))
     assert await replica.lookup(keys(1, 2)) == {}
-    assert await replica.lookup(keys(2)) == {("w1", 1): 1}
-    await view.until(lambda v: v.blocks == {("w1", 1, keys(2))})
+    await replica.publish(batch(2, ("stored", keys(1))))
+    assert await replica.lookup(keys(1, 2)) == {("w1", 1): 2}
+    await view.until(lambda v: v.blocks == {("w1", 1, keys(1)), ("w1", 1, keys(2))})
 
 
 async def test_gap_asks_for_a_snapshot_which_replaces(replica: Any, info: Any, batch: Any, keys: Any) -> None:
@@ -98,14 +97,15 @@ async def test_ended_epochs_entries_are_removed_from_redis(
         await lease.beat(info())
         await replica.publish(batch(1, ("stored", keys(*range(1, 5001)))))
         async with Redis.from_url(redis_server.url) as client:
-            assert await client.exists(b"omni:{default}:block:" + keys(1)) == 1
-            assert 0 < await client.ttl(b"omni:{default}:block:" + keys(1)) <= 600
+            assert await client.exists(b"omni:{default}:span:1:" + keys(1)) == 1
+            assert 0 < await client.ttl(b"omni:{default}:span:1:" + keys(1)) <= 600
             await lease.leave()
             async with asyncio.timeout(15):
                 # Ends when the sweep has: it polls Redis, whose state is the result looked for.
-                while await client.scard("omni:{default}:trash") or [k async for k in client.scan_iter("*:block:*")]:
+                while await client.hlen("omni:{default}:trash") or [k async for k in client.scan_iter("*:span:*")]:
                     pass
             assert not [k async for k in client.scan_iter("*:held:*")]
+            assert await client.get("omni:{default}:entries") == b"0"
 
 
 @pytest.mark.parametrize(
@@ -125,21 +125,49 @@ async def test_blocks_of_another_epoch_are_refused(
     assert from_rpc_error(refused.value).reason == reason
 
 
-async def test_unusable_requests_are_refused(
-    redis_server: Any, start_replica: Any, info: Any, batch: Any, keys: Any
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        pytest.param({"block_keys": b"short"}, "events.block_keys", id="half a key"),
+        pytest.param({"medium": 0}, "events.medium", id="no medium"),
+        pytest.param({"span": b""}, "events.span", id="no span"),
+        pytest.param({"positions": [0, 1, 2]}, "events.positions", id="more positions than keys"),
+        pytest.param({"action": 0}, "events.action", id="no action"),
+    ],
+)
+async def test_unusable_events_are_refused(
+    replica: Any, info: Any, batch: Any, keys: Any, change: dict[str, Any], field: str
 ) -> None:
+    await replica.register().beat(info())
+    request = batch(1, ("stored", keys(1, 2)))
+    event = request.events[0]
+    for name, value in change.items():
+        event.ClearField(name)
+        if isinstance(value, list):
+            event.positions.extend(value)
+        else:
+            setattr(event, name, value)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await replica.publish(request)
+    error = from_rpc_error(refused.value)
+    assert (error.code, error.field) == ("INVALID_ARGUMENT", field)
+    assert await replica.lookup(keys(1, 2)) == {}
+
+
+async def test_unusable_requests_are_refused(redis_server: Any, start_replica: Any, batch: Any, keys: Any) -> None:
     async with start_replica(redis_url=redis_server.url, max_lookup_blocks=2) as replica:
         calls = (
-            replica.lookup(b"short"),
-            replica.lookup(keys(1, 2, 3)),
-            replica.publish(batch(1, ("stored", b"short"))),
-            replica.publish(batch(1, ("stored", keys(1), 0))),
-            replica.publish(batch(0, ("stored", keys(1)))),
+            (replica.lookup(b"short"), "block_keys"),
+            (replica.lookup(keys(1, 2, 3)), "block_keys"),
+            (replica.lookup(keys(1), model=""), "model"),
+            (replica.lookup(keys(1), block_size=0), "block_size"),
+            (replica.publish(batch(0, ("stored", keys(1)))), "sequence"),
         )
-        for call in calls:
+        for call, field in calls:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await call
-            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            error = from_rpc_error(refused.value)
+            assert (error.code, error.field) == ("INVALID_ARGUMENT", field)
 
 
 async def test_full_watch_queue_gets_a_fresh_snapshot(
@@ -147,8 +175,8 @@ async def test_full_watch_queue_gets_a_fresh_snapshot(
 ) -> None:
     async with start_replica(redis_url=redis_server.url, watch_queue=2) as replica:
         # Read without a transport, whose buffers would hide that this watcher is slow.
-        slow, witness = replica.service.replica.updates(True), replica.watch(blocks=True)
-        assert (await anext(slow)).snapshot
+        slow, witness = replica.service.replica.updates(Interest(blocks=True)), replica.watch(blocks=True)
+        assert (await anext(slow)).snapshot and (await anext(slow)).complete
         await replica.register().beat(info())
         for sequence in range(1, 6):
             await replica.publish(batch(sequence, ("stored", keys(sequence))))
@@ -157,48 +185,3 @@ async def test_full_watch_queue_gets_a_fresh_snapshot(
         assert fresh.snapshot and [change.worker.worker_id for change in fresh.workers] == ["w1"]
         assert len(blocks.blocks[0].event.keys) == len(keys(1, 2, 3, 4, 5))
         await slow.aclose()
-
-
-_worker = st.sampled_from(["a", "b", "c"])
-_event = st.tuples(
-    _worker,
-    st.sampled_from(["stored", "removed", "cleared"]),
-    st.lists(st.integers(1, 6), min_size=1, max_size=6),
-    st.sampled_from([1, 2]),
-)
-
-
-def _prefixes(held: set[tuple[str, int, int]], wanted: Iterable[int]) -> dict[tuple[str, int], int]:
-    matches: dict[tuple[str, int], int] = {}
-    for worker, medium in {(w, m) for w, m, _ in held}:
-        length = 0
-        for number in wanted:
-            if (worker, medium, number) not in held:
-                break
-            length += 1
-        if length:
-            matches[worker, medium] = length
-    return matches
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events=st.lists(_event, max_size=12), wanted=st.lists(st.integers(1, 6), max_size=6))
-async def test_lookup_and_watch_agree_with_a_model(
-    replica: Any, info: Any, batch: Any, keys: Any, events: list[Any], wanted: list[int]
-) -> None:
-    held: set[tuple[str, int, int]] = set()
-    sequences = dict.fromkeys("abc", 1)
-    for name in "abc":
-        await replica.register().beat(info(name))
-        await replica.publish(batch(1, worker_id=name, snapshot=True))
-    for worker, action, numbers, medium in events:
-        sequences[worker] += 1
-        await replica.publish(batch(sequences[worker], (action, keys(*numbers), medium), worker_id=worker))
-        named = {(worker, medium, number) for number in numbers}
-        if action == "cleared":
-            held = {entry for entry in held if entry[0] != worker}
-        else:
-            held = held | named if action == "stored" else held - named
-    assert await replica.lookup(keys(*wanted)) == _prefixes(held, wanted)
-    view = replica.watch(blocks=True)
-    await view.until(lambda v: v.blocks == {(w, m, keys(n)) for w, m, n in held})

@@ -2,19 +2,22 @@
 
     root    = xxh3_128(len, model, len, adapter, len, salt)
     key[0]  = xxh3_128(root   + tokens[0 : B])          tokens as little-endian uint32
-    key[i]  = xxh3_128(key[i-1] + tokens[iB : (i+1)B])
+    key[i]  = xxh3_128(key[i-1] + tokens[iB : (i+1)B] + extra[i])
 
 A key names the whole prefix up to its block's end, so equal keys mean equal prefixes of the same model,
-adapter and salt. Keys are routing hints: an engine checks its own cache, so a collision costs time only.
+adapter and salt. `extra` is what a block depends on besides its tokens (`block_extra`); plain text has none.
+Keys are routing hints: an engine checks its own cache, so a collision costs time only.
 They are independent of any engine's hash function and seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xxhash
 
 KEY_BYTES = 16
+SPAN_BLOCKS = 1024
+"""A prompt's blocks are filed in spans of this many, each named by the key of its first block."""
 
 
 def root_key(model: str, adapter: str = "", salt: str = "") -> bytes:
@@ -24,6 +27,22 @@ def root_key(model: str, adapter: str = "", salt: str = "") -> bytes:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(4, "little") + encoded)
     return digest.digest()
+
+
+def block_extra(media: Iterable[tuple[str, int]] = (), embeds: bytes = b"") -> bytes:
+    """What one block depends on besides its token ids; empty for plain text.
+
+    `media` are the items (images, audio) whose placeholder tokens lie in the block, in order: an identifier of the
+    content, and where the item starts relative to the block's first token, negative where it started earlier.
+    `embeds` is a digest of the embeddings that stand in for the block's tokens.
+    """
+    parts = []
+    for identifier, offset in media:
+        encoded = identifier.encode()
+        parts += [b"m", len(encoded).to_bytes(4, "little"), encoded, offset.to_bytes(8, "little", signed=True)]
+    if embeds:
+        parts += [b"e", embeds]
+    return b"".join(parts)
 
 
 class BlockChain:
@@ -45,19 +64,26 @@ class BlockChain:
     def __len__(self) -> int:
         return len(self._keys) // KEY_BYTES
 
-    def extend(self, token_ids: Sequence[int]) -> bytes:
-        """Append tokens; returns the keys of the blocks they completed."""
+    def extend(self, token_ids: Sequence[int], extras: Sequence[bytes] = ()) -> bytes:
+        """Append tokens; returns the keys of the blocks they completed.
+
+        `extras` has one entry for each of those blocks, or none at all where all are plain.
+        Raises ValueError for any other number; nothing is appended then.
+        """
         data = self._tail + np.asarray(token_ids, dtype="<u4").tobytes()
         size, last = self._block_bytes, self._last
         full = len(data) - len(data) % size
+        if extras and len(extras) != full // size:
+            raise ValueError(f"{len(extras)} extras for {full // size} completed blocks")
         start = len(self._keys)
-        for offset in range(0, full, size):
-            last = xxhash.xxh3_128_digest(last + data[offset : offset + size])
+        for index, offset in enumerate(range(0, full, size)):
+            block = data[offset : offset + size]
+            last = xxhash.xxh3_128_digest(last + block + extras[index] if extras else last + block)
             self._keys += last
         self._last, self._tail = last, data[full:]
         return bytes(self._keys[start:])
 
 
-def block_keys(token_ids: Sequence[int], block_size: int, root: bytes) -> bytes:
-    """Keys of the full blocks of `token_ids`, `KEY_BYTES` each."""
-    return BlockChain(root, block_size).extend(token_ids)
+def block_keys(token_ids: Sequence[int], block_size: int, root: bytes, extras: Sequence[bytes] = ()) -> bytes:
+    """Keys of the full blocks of `token_ids`, `KEY_BYTES` each; `extras` as for `BlockChain.extend`."""
+    return BlockChain(root, block_size).extend(token_ids, extras)

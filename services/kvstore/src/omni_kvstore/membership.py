@@ -1,21 +1,15 @@
-"""Workers, their blocks' changes, and who is a member as one replica knows it. No clock, no Redis, no wire."""
+"""Workers, their leases, and who is a member as one replica knows it. No clock, no Redis, no wire."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
-
-from omni_common.blocks import KEY_BYTES
-
-
-class Action(StrEnum):
-    STORED = "stored"
-    REMOVED = "removed"
-    CLEARED = "cleared"
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One epoch of a worker. `info` is its description in wire form, opaque here."""
+    """One epoch of a worker, or of a pool of blocks, which has a `pool_medium`.
+
+    `info` is its description in wire form, opaque here.
+    """
 
     worker_id: str
     epoch: int
@@ -23,6 +17,7 @@ class Worker:
     block_size: int
     info: bytes
     draining: bool = False
+    pool_medium: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +32,7 @@ class WorkerLeft:
 
     worker_id: str
     epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockEvent:
-    """`keys` are `KEY_BYTES` each; `medium` is the wire's number of it."""
-
-    action: Action
-    medium: int
-    keys: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BlockChange:
-    worker_id: str
-    epoch: int
-    event: BlockEvent
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Events of one (worker, epoch); a snapshot replaces all that is known of the worker."""
-
-    worker_id: str
-    epoch: int
-    sequence: int
-    snapshot: bool
-    events: tuple[BlockEvent, ...]
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,33 +42,6 @@ class Renewal:
     accepted: bool
     epoch: int
     wants_snapshot: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    worker_id: str
-    medium: int
-    num_blocks: int
-
-
-def parts_of(batch: Batch, max_blocks: int) -> list[tuple[BlockEvent, ...]]:
-    """Cut a batch into parts of at most `max_blocks` blocks, in order; at least one part, maybe empty."""
-    parts: list[list[BlockEvent]] = [[]]
-    room = max_blocks
-    for event in batch.events:
-        if event.action is Action.CLEARED:
-            parts[-1].append(event)
-            continue
-        offset = 0
-        while offset < len(event.keys):
-            if room == 0:
-                parts.append([])
-                room = max_blocks
-            piece = event.keys[offset : offset + room * KEY_BYTES]
-            parts[-1].append(BlockEvent(event.action, event.medium, piece))
-            offset += len(piece)
-            room -= len(piece) // KEY_BYTES
-    return [tuple(part) for part in parts]
 
 
 class Directory:
@@ -157,6 +99,10 @@ class Leases:
 
     def live(self, now_s: float) -> frozenset[str]:
         return frozenset(name for name, end in self._ends.items() if end > now_s)
+
+    def left_s(self, now_s: float) -> dict[str, float]:
+        """Seconds left of each."""
+        return {name: max(0.0, end - now_s) for name, end in self._ends.items()}
 
     def expire(self, now_s: float) -> list[str]:
         """Forget and return the leases that are over."""

@@ -2,7 +2,7 @@
 
 start ──> catch up ──> follow events ──┐       catch up: re-assert what lives here, load all, owe snapshots
              ^                         │ error
-             └── degraded, back off <──┘       degraded: members from memory, own leases on the local clock
+             └── degraded, back off <──┘       degraded: members and blocks from memory, own leases on the local clock
 """
 
 import asyncio
@@ -10,12 +10,16 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 from omni_common.errors import FailedPrecondition, ResourceExhausted, Unavailable
-from omni_kvstore.feed import Feed, Update, Watcher
-from omni_kvstore.membership import BlockChange, Directory, Leases, Renewal, Worker, WorkerChange, WorkerLeft
+from omni_kvstore.blocks import Batch, BlockChange, Match
+from omni_kvstore.events import BlocksChanged, Event
+from omni_kvstore.feed import Change, Feed, Gathering, Interest, Position, Update, Watcher
+from omni_kvstore.membership import Directory, Leases, Renewal, Worker, WorkerChange, WorkerLeft
+from omni_kvstore.memory import BlockMemory
 from omni_kvstore.metrics import Metrics
-from omni_kvstore.store import Event, RedisStore, State
+from omni_kvstore.store import Published, RedisStore, Standing, State
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ _SWEEP_BUDGET = 2048
 
 
 class Replica:
-    """Owner of the directory, the local leases and the feed."""
+    """Owner of the directory, the blocks in memory, the local leases and the feed."""
 
     def __init__(
         self,
@@ -34,16 +38,19 @@ class Replica:
         metrics: Metrics,
         *,
         max_workers: int,
+        memory_blocks: int,
         reconcile_s: float,
         wait_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._feed, self._leases, self._metrics = store, feed, leases, metrics
         self._reconcile_s, self._wait_ms, self._clock = reconcile_s, max(1, int(wait_s * 1000)), clock
-        self._max_workers = max_workers
+        self._max_workers, self._memory_blocks = max_workers, memory_blocks
         self._directory = Directory()
+        self._memory = BlockMemory(memory_blocks)
         self._left: dict[str, int] = {}
-        self._dataset, self._position = "", 0
+        self._unstored: dict[str, int] = {}
+        self._at = Position("", 0)
         self.is_degraded = True
         self.answered_once = asyncio.Event()
         metrics.degraded.set(1)
@@ -90,38 +97,154 @@ class Replica:
             self._left[worker_id] = epoch
             self._tell(changes)
 
-    async def updates(self, wants_blocks: bool) -> AsyncIterator[Update]:
-        """A snapshot, then changes, until the feed closes; another snapshot wherever changes were lost."""
-        with self._feed.watch(wants_blocks) as watcher:
+    async def publish(self, batch: Batch) -> Published:
+        """Apply a batch, in memory alone while Redis is away; the worker is asked for a snapshot afterwards.
+
+        Raises:
+            FailedPrecondition: another epoch is in force (`stale_epoch`), or none (`not_registered`).
+        """
+        if not self.is_degraded:
+            try:
+                published = await self._store.publish(batch)
+            except Unavailable as error:
+                log.warning("blocks kept in memory only", extra={"worker": batch.worker_id, "reason": error.reason})
+            else:
+                self._memory.note(batch.worker_id, published.sequence)
+                return published
+        return self._publish_to_memory(batch)
+
+    def _publish_to_memory(self, batch: Batch) -> Published:
+        known = self._directory.get(batch.worker_id)
+        if known is None or known.epoch != batch.epoch:
+            is_stale = known is not None and known.epoch > batch.epoch
+            message = f"worker {batch.worker_id!r} holds no lease for epoch {batch.epoch}"
+            raise FailedPrecondition(message, reason="stale_epoch" if is_stale else "not_registered")
+        self._unstored[batch.worker_id] = batch.epoch
+        if self._memory.has_seen(batch):
+            return Published(self._memory.last_sequence(batch.worker_id), gap=False)
+        if not self._memory.follows(batch):
+            return Published(self._memory.last_sequence(batch.worker_id), gap=True)
+        changes = [BlockChange(batch.worker_id, batch.epoch, event, known.model) for event in batch.as_changes()]
+        self._memory.note(batch.worker_id, batch.sequence)
+        self._tell((), changes)
+        return Published(batch.sequence, gap=False)
+
+    def knows(self, worker_id: str) -> bool:
+        return self._directory.get(worker_id) is not None
+
+    async def lookup(self, model: str, block_size: int, keys: bytes) -> tuple[list[Match], bool]:
+        """Matches, and whether they come from memory because Redis is away."""
+        if not self.is_degraded:
+            try:
+                return await self._store.lookup(model, block_size, keys), False
+            except Unavailable as error:
+                log.warning("lookup from memory", extra={"reason": error.reason})
+        return self._memory.lookup(keys), True
+
+    async def standings(self) -> tuple[Sequence[Standing], bool]:
+        """All members, and whether they come from memory because Redis is away."""
+        if not self.is_degraded:
+            try:
+                return (await self._store.load()).standings, False
+            except Unavailable:
+                pass
+        left, memory = self._leases.left_s(self._clock()), self._memory
+        return [
+            Standing(
+                worker,
+                memory.last_sequence(worker.worker_id),
+                worker.worker_id in self._unstored,
+                memory.count(worker.worker_id),
+                left.get(worker.worker_id, 0.0),
+            )
+            for worker in self._directory.all()
+        ], True
+
+    async def blocks_of(self, worker_id: str) -> AsyncIterator[tuple[BlockChange, bool]]:
+        """A worker's blocks in pages, from memory while Redis is away."""
+        worker = self._directory.get(worker_id)
+        if self.is_degraded:
+            for change in self._memory.held(worker) if worker else ():
+                yield change, True
+            return
+        async for change in self._store.blocks_of(worker_id):
+            yield change, False
+
+    async def updates(self, interest: Interest, resume: Position | None = None) -> AsyncIterator[Update]:
+        """A snapshot, or what changed since `resume`; then changes, until the feed closes.
+
+        Another snapshot comes wherever changes were lost.
+        """
+        with self._feed.watch(interest) as watcher:
             self._metrics.watchers.set(len(self._feed))
             try:
+                if resume is not None:
+                    for update in await self._missed(watcher, resume):
+                        yield interest.of(update)
                 while not watcher.is_closed:
                     if watcher.settle_snapshot():
-                        async for update in self._snapshot(watcher):
+                        async for update in self._snapshot(interest):
                             yield update
                     elif update_or_none := await watcher.next():
                         yield update_or_none
             finally:
                 self._metrics.watchers.set(len(self._feed) - 1)
 
-    async def _snapshot(self, watcher: Watcher) -> AsyncIterator[Update]:
+    async def _missed(self, watcher: Watcher, resume: Position) -> list[Update]:
+        """The changes after a position, if Redis still has them all; else none, and the snapshot stays owed."""
+        at = self._at
+        if self.is_degraded or resume.dataset != at.dataset or resume.event > at.event:
+            return []
+        # Changes from here on are queued; those up to here are read.
+        watcher.settle_snapshot()
+        gathering, updates, last = Gathering(), list[Update](), resume.event
+        try:
+            async for page in self._store.events_between(resume.event, at.event):
+                for number, event in page:
+                    if number != last + 1:
+                        watcher.owe_snapshot()
+                        return []
+                    last = number
+                    updates += gathering.add(self._as_told(event))
+        except Unavailable:
+            watcher.owe_snapshot()
+            return []
+        if last != at.event:
+            watcher.owe_snapshot()
+            return []
+        self._metrics.resumes.inc()
+        return [*updates, gathering.rest(at)]
+
+    def _as_told(self, event: Event) -> list[Change]:
+        """An event as a watcher was told it, or would have been."""
+        match event:
+            case Worker():
+                return [WorkerChange(event)]
+            case WorkerLeft():
+                return [WorkerChange(Worker(event.worker_id, event.epoch, event.model, 0, b""), removed=True)]
+            case BlocksChanged():
+                return list(self._block_changes(event))
+
+    async def _snapshot(self, interest: Interest) -> AsyncIterator[Update]:
         """Members as of now, then their blocks in pages. Changes since are queued and follow; replaying one
         that a page already shows changes nothing."""
         self._metrics.snapshots.inc()
-        workers = self._directory.all()
-        yield Update(tuple(WorkerChange(w) for w in workers), snapshot=True, degraded=self.is_degraded)
-        if not watcher.wants_blocks or self.is_degraded:
-            return
-        try:
-            for worker in workers:
-                async for page in self._store.blocks_of(worker.worker_id):
-                    yield Update(blocks=(page,))
-        except Unavailable:
-            watcher.owe_snapshot()
-            self._degrade()
+        at, workers, degraded = None if self.is_degraded else self._at, self._directory.all(), self.is_degraded
+        yield interest.of(Update(tuple(WorkerChange(w) for w in workers), snapshot=True, degraded=degraded))
+        for worker in workers if interest.blocks else ():
+            if interest.model not in ("", worker.model) or self._directory.get(worker.worker_id) != worker:
+                continue
+            for page in self._memory.held(worker):
+                yield Update(blocks=(page,), degraded=degraded)
+            await asyncio.sleep(0)
+        yield Update(complete=True, degraded=degraded, position=at)
 
     async def follow(self) -> None:
-        """Keep equal to Redis for ever."""
+        """Keep equal to Redis for ever.
+
+        Raises:
+            FailedPrecondition: Redis holds another schema.
+        """
         backoff_s = _FIRST_BACKOFF_S
         while True:
             try:
@@ -137,21 +260,43 @@ class Replica:
 
     async def _catch_up(self) -> None:
         state = await self._store.load()
-        lost_data = bool(self._dataset) and state.dataset != self._dataset
+        lost_data = bool(self._at.dataset) and state.dataset != self._at.dataset
         own = self._leases.live(self._clock())
         for worker in self._directory.all():
             if lost_data or worker.worker_id in own:
                 await self._store.register(worker)
+        await self._settle_debts()
+        state = await self._store.load()
+        memory = await self._read_blocks(state)
+        self._take_over(state, memory)
+        log.info("following Redis", extra={"workers": len(self._directory), "lost_data": lost_data})
+
+    async def _settle_debts(self) -> None:
+        """Tell Redis who left, and whose blocks it missed, while it was away."""
         for worker_id, epoch in list(self._left.items()):
             await self._store.leave(worker_id, epoch)
             if self._left.get(worker_id) == epoch:
                 del self._left[worker_id]
-        self._take_over(await self._store.load())
-        log.info("following Redis", extra={"workers": len(self._directory), "lost_data": lost_data})
+        for worker_id, epoch in list(self._unstored.items()):
+            await self._store.want_snapshot(worker_id, epoch)
+            if self._unstored.get(worker_id) == epoch:
+                del self._unstored[worker_id]
 
-    def _take_over(self, state: State) -> None:
-        self._dataset, self._position = state.dataset, state.position
+    async def _read_blocks(self, state: State) -> BlockMemory:
+        """All blocks, as of the state or later; the events after it make them whole."""
+        memory = BlockMemory(self._memory_blocks)
+        memory.members_changed(WorkerChange(worker) for worker in state.workers)
+        for standing in state.standings:
+            async for change in self._store.blocks_of(standing.worker.worker_id):
+                if change.epoch == standing.worker.epoch:
+                    memory.blocks_changed([change])
+            memory.note(standing.worker.worker_id, standing.sequence)
+        return memory
+
+    def _take_over(self, state: State, memory: BlockMemory) -> None:
+        self._at = Position(state.dataset, state.position)
         self._directory.replace(state.workers)
+        self._memory = memory
         self._metrics.entries.set(state.entries)
         self.is_degraded = False
         self._metrics.degraded.set(0)
@@ -162,40 +307,53 @@ class Replica:
         """Returns when events were lost; then only a full load helps."""
         reconcile_at = self._clock() + self._reconcile_s
         while not self.is_degraded:
-            numbered = await self._store.events_after(self._position, self._wait_ms)
-            if any(number != self._position + i for i, (number, _) in enumerate(numbered, start=1)):
+            numbered = await self._store.events_after(self._at.event, self._wait_ms)
+            if any(number != self._at.event + i for i, (number, _) in enumerate(numbered, start=1)):
                 return
-            self._position += len(numbered)
-            self._apply([event for _, event in numbered])
+            if numbered:
+                self._apply([event for _, event in numbered], replace(self._at, event=numbered[-1][0]))
             if self._clock() >= reconcile_at:
                 if not await self._reconcile():
                     return
                 reconcile_at = self._clock() + self._reconcile_s
 
-    def _apply(self, events: Sequence[Event]) -> None:
-        workers: list[WorkerChange] = []
-        blocks: list[BlockChange] = []
+    def _apply(self, events: Sequence[Event], position: Position) -> None:
+        gathering, updates = Gathering(), list[Update]()
         for event in events:
-            if isinstance(event, BlockChange):
-                blocks.append(event)
-                continue
-            # A message lists workers before blocks, so blocks told so far go out first.
-            if blocks:
-                self._tell(workers, blocks)
-                workers, blocks = [], []
-            if isinstance(event, WorkerLeft):
-                workers += self._directory.drop(event.worker_id, event.epoch)
-            else:
-                workers += self._directory.put(event)
-        self._tell(workers, blocks)
+            updates += gathering.add(self._remembered(event))
+        self._at = position
+        for update in (*updates, gathering.rest(position)):
+            self._feed.publish(update)
+
+    def _remembered(self, event: Event) -> list[Change]:
+        """Apply an event to what is known here; returns what watchers are to be told of it."""
+        match event:
+            case BlocksChanged():
+                changes = self._block_changes(event)
+                self._memory.blocks_changed(changes)
+                return list(changes)
+            case WorkerLeft():
+                members = self._directory.drop(event.worker_id, event.epoch)
+            case Worker():
+                members = self._directory.put(event)
+        self._memory.members_changed(members)
+        return list(members)
+
+    def _block_changes(self, changed: BlocksChanged) -> list[BlockChange]:
+        """None where the epoch is not a member any more: its blocks went with it."""
+        worker = self._directory.get(changed.worker_id)
+        if worker is None or worker.epoch != changed.epoch:
+            return []
+        return [BlockChange(worker.worker_id, worker.epoch, event, worker.model) for event in changed.events]
 
     async def _reconcile(self) -> bool:
         """Compare with Redis; False if it is another data set or behind what was read."""
         state = await self._store.load()
         self._metrics.entries.set(state.entries)
-        if state.dataset != self._dataset or state.position < self._position:
+        self._metrics.redis_bytes.set(await self._store.used_bytes())
+        if state.dataset != self._at.dataset or state.position < self._at.event:
             return False
-        if state.position == self._position:
+        if state.position == self._at.event:
             self._tell(self._directory.replace(state.workers))
         return True
 
@@ -204,10 +362,12 @@ class Replica:
         while True:
             try:
                 if not self.is_degraded:
+                    await self._settle_debts()
                     await self._reap(until_s=self._clock() + period_s)
             except Unavailable as error:
                 log.warning("leases not looked at", extra={"reason": error.message})
             self._expire_locally()
+            self._metrics.show_memory(self._memory.usage())
             await asyncio.sleep(period_s)
 
     async def _reap(self, until_s: float) -> None:
@@ -233,5 +393,8 @@ class Replica:
             self._feed.publish(Update(degraded=True))
 
     def _tell(self, workers: Sequence[WorkerChange], blocks: Sequence[BlockChange] = ()) -> None:
+        """Remember and publish changes that are not of the event stream."""
         if workers or blocks:
+            self._memory.members_changed(workers)
+            self._memory.blocks_changed(blocks)
             self._feed.publish(Update(tuple(workers), tuple(blocks), degraded=self.is_degraded))

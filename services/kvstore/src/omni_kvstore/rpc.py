@@ -3,29 +3,27 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from omni.kvstore.v1 import kvstore_service_pb2 as pb
 from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceServicer, add_KvStoreServiceServicer_to_server
-from omni_common.blocks import KEY_BYTES
-from omni_common.errors import DeadlineExceeded, InvalidRequest
+from omni_common.errors import DeadlineExceeded, InvalidRequest, NotFound
 from omni_common.rpc import Servicer
 from omni_kvstore import wire
-from omni_kvstore.membership import Batch, Worker
+from omni_kvstore.blocks import Batch
+from omni_kvstore.membership import Worker
 from omni_kvstore.metrics import Metrics
 from omni_kvstore.replica import Replica
-from omni_kvstore.store import RedisStore
 
 _SILENT_LEASES = 2
 
 
 class KvStoreServicer(KvStoreServiceServicer):
-    """Decodes the messages, calls replica and store, encodes the answers."""
+    """Decodes the messages, calls the replica, encodes the answers."""
 
-    def __init__(
-        self, replica: Replica, store: RedisStore, metrics: Metrics, *, lease_s: float, max_lookup_blocks: int
-    ) -> None:
-        self._replica, self._store, self._metrics = replica, store, metrics
+    def __init__(self, replica: Replica, metrics: Metrics, *, lease_s: float, max_lookup_blocks: int) -> None:
+        self._replica, self._metrics = replica, metrics
         self._lease_s, self._max_lookup_blocks = lease_s, max_lookup_blocks
 
     async def Register(
@@ -55,7 +53,7 @@ class KvStoreServicer(KvStoreServiceServicer):
         sequence = 0
         async for request in requests:
             batch = wire.batch_from_wire(request)
-            published = await self._store.publish(batch)
+            published = await self._replica.publish(batch)
             self._count(batch, published.gap)
             sequence = published.sequence
             if published.gap:
@@ -67,20 +65,36 @@ class KvStoreServicer(KvStoreServiceServicer):
         self._metrics.batches.labels(outcome).inc()
         if not is_gap:
             for event in batch.events:
-                self._metrics.blocks.labels(event.action.value).inc(len(event.keys) // KEY_BYTES)
+                self._metrics.blocks.labels(event.action.value).inc(len(event))
+            if batch.occurred_ms:
+                self._metrics.lag_seconds.observe(max(0.0, time.time() - batch.occurred_ms / 1000))
 
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:
-        keys = wire.checked_keys(request.block_keys, "block_keys", self._max_lookup_blocks)
+        model, block_size, keys = wire.lookup_from_wire(request, self._max_lookup_blocks)
         start_s = time.perf_counter()
-        matches = await self._store.lookup(request.model, request.block_size, keys)
-        self._metrics.lookup_seconds.observe(time.perf_counter() - start_s)
-        return wire.matches_to_wire(matches)
+        matches, degraded = await self._replica.lookup(model, block_size, keys)
+        source = "memory" if degraded else "redis"
+        self._metrics.lookup_seconds.labels(source).observe(time.perf_counter() - start_s)
+        self._metrics.hit_depth.observe(max((match.num_blocks for match in matches), default=0))
+        return wire.matches_to_wire(matches, degraded)
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:
         version = 0
-        async for update in self._replica.updates(request.blocks):
+        interest, resume = wire.watch_from_wire(request)
+        async for update in self._replica.updates(interest, resume):
             version += 1
             yield wire.update_to_wire(update, version)
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest, context: Any) -> pb.ListWorkersResponse:
+        standings, degraded = await self._replica.standings()
+        wanted = [s for s in standings if request.model in ("", s.worker.model)]
+        return pb.ListWorkersResponse(workers=map(wire.standing_to_wire, wanted), degraded=degraded)
+
+    async def ListBlocks(self, request: pb.ListBlocksRequest, context: Any) -> AsyncIterator[pb.ListBlocksResponse]:
+        if not self._replica.knows(request.worker_id):
+            raise NotFound(f"no worker {request.worker_id!r} holds a lease", field="worker_id")
+        async for change, degraded in self._replica.blocks_of(request.worker_id):
+            yield wire.held_to_wire(change, degraded)
 
 
 def _registered(request: pb.RegisterRequest, known: Worker | None) -> Worker:
@@ -92,7 +106,7 @@ def _registered(request: pb.RegisterRequest, known: Worker | None) -> Worker:
         return worker
     if known is None:
         raise InvalidRequest("the first message must carry info", field="info")
-    return Worker(known.worker_id, known.epoch, known.model, known.block_size, known.info, request.draining)
+    return replace(known, draining=request.draining)
 
 
 def servicer(implementation: KvStoreServicer) -> Servicer:

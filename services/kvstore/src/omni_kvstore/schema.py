@@ -1,29 +1,34 @@
-"""Names of everything kept in Redis, and the scripts that change it.
+"""Names of everything kept in Redis, and the scripts that change it: schema 2.
 
 Every key starts with `omni:{<cluster>}`; the hash tag keeps a cluster's keys in one slot, so scripts are atomic
-on Redis Cluster too. `<run>` numbers one span of a worker's block knowledge: an epoch, cut again by every clear and
-snapshot. A holder is the integer `run * 8 + medium`, so a block's holders are an intset.
+on Redis Cluster too. A *namespace* numbers one (block size, model). A *run* numbers one stretch of a worker's block
+knowledge: an epoch, cut again by every clear and snapshot. A prompt's blocks are filed by *spans* of 1,024
+blocks, each named by the key of its first block, so that a prompt of 8,192 blocks is in 8 hashes.
 
 | key | type | holds |
 |---|---|---|
-| `:worker:<id>` | hash | epoch, info (wire bytes), model, block_size, draining, run, sequence, gap, complete_ms |
+| `:schema` | string | 2; another number is refused |
+| `:data` | hash | name of the data set, and the Redis process that wrote it: a restart may lose the last second |
+| `:namespaces` | hash | `<block size>/<model>` -> number |
+| `:worker:<id>` | hash | what it is: epoch, info (wire bytes), namespace, draining, ...; its run, sequence, gap |
 | `:leases` | sorted set | worker -> end of its lease, milliseconds of Redis's clock |
+| `:pools:<namespace>` | set | members that are pools |
 | `:runs` | hash | live run -> worker |
-| `:block:<16 bytes>` | set of integers, TTL | holders of the block |
-| `:held:<holder>` | set, TTL | blocks of the holder: the reverse of the above |
-| `:trash` | set | retired runs whose entries are still to be removed |
+| `:span:<namespace>:<key>` | hash, TTL | block key -> holders: 5 bytes each, run and a bit per medium |
+| `:held:<run>` | sorted set, TTL | span + block key by position: the reverse of the above, deepest first to go |
+| `:entries` | counter | members of all `:held:` |
+| `:trash` | hash | retired run -> namespace: their entries are still to be removed |
 | `:events` | stream, bounded | what changed, numbered without gaps |
 | `:event`, `:run` | counters | last event, last run |
 | `:reaped` | string | when leases were last looked at |
-| `:dataset` | string | random name; a changed one shows that Redis lost its data |
 """
 
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-SCRIPTS = ("register", "leave", "publish", "lookup", "reap", "sweep", "load")
-HOLDER_MEDIA = range(8)
+SCHEMA = 2
+SCRIPTS = ("register", "leave", "publish", "lookup", "reap", "sweep", "load", "blocks", "want")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,18 @@ class Keys:
     def events(self) -> str:
         return f"{self.prefix}:events"
 
-    def worker(self, worker_id: str) -> str:
-        return f"{self.prefix}:worker:{worker_id}"
+    @property
+    def schema(self) -> str:
+        return f"{self.prefix}:schema"
 
-    def held(self, run: int, medium: int) -> str:
-        return f"{self.prefix}:held:{run * 8 + medium}"
+    @property
+    def reaped(self) -> str:
+        return f"{self.prefix}:reaped"
+
+
+def namespace(model: str, block_size: int) -> str:
+    """Field of `:namespaces`."""
+    return f"{block_size}/{model}"
 
 
 @cache

@@ -1,53 +1,123 @@
--- Longest leading run of blocks per holder. ARGV: model ('' any), block_size ('0' any), keys.
--- Returns worker, medium, blocks, flattened.
-local KEY_BYTES = 16
-local model, block_size, keys = ARGV[1], ARGV[2], ARGV[3]
-local result = {}
-
-local function worker_of(holder)
-  local worker = redis.call('HGET', prefix .. ':runs', int(math.floor(tonumber(holder) / 8)))
-  if not worker then
-    return nil
-  end
-  local shape = redis.call('HMGET', worker_key(worker), 'model', 'block_size')
-  local fits = (model == '' or shape[1] == model) and (block_size == '0' or shape[2] == block_size)
-  return fits and worker or nil
+-- How far each worker's prefix reaches, tier by tier. ARGV: namespace, keys, block index where each span starts is
+-- a multiple of SPAN_BLOCKS. Returns worker, medium, pool, blocks, flattened; worker '' stands for every worker without
+-- a row of its own. A row says: with tiers up to this one the prefix has this many blocks.
+local SPAN_BLOCKS, FIRST_READ = 1024, 32
+local namespace = redis.call('HGET', prefix .. ':namespaces', ARGV[1])
+local blocks = split(ARGV[2])
+if not namespace or #blocks == 0 then
+  return {}
 end
 
-local active, workers = {}, {}
-if #keys >= KEY_BYTES then
-  for _, holder in ipairs(redis.call('SMEMBERS', block_key(string.sub(keys, 1, KEY_BYTES)))) do
-    workers[holder] = worker_of(holder)
-    if workers[holder] then
-      active[#active + 1] = holder
+-- Tier of a medium: 1000 * medium; of a pool: that + its rank by name.
+local pools, pool_tier = redis.call('SMEMBERS', pools_key(namespace)), {}
+table.sort(pools)
+for rank, pool in ipairs(pools) do
+  pool_tier[pool] = 1000 * tonumber(redis.call('HGET', worker_key(pool), 'pool_medium') or '4') + rank
+end
+local NONE = 9999
+
+local names = {}
+local function name_of(run)
+  if names[run] == nil then
+    names[run] = redis.call('HGET', prefix .. ':runs', int(run)) or false
+  end
+  return names[run]
+end
+
+-- Workers -> tier of their own copy, and the nearest pool's tier, of a packed list of holders.
+local function read_holders(holders)
+  local own, shared = {}, NONE
+  for at = 1, #holders, HOLDER_BYTES do
+    local run, media = struct.unpack('>I4B', holders, at)
+    local name = name_of(run)
+    if name and pool_tier[name] then
+      shared = math.min(shared, pool_tier[name])
+    elseif name then
+      for medium = 1, 4 do
+        if bit.band(media, 2 ^ medium) ~= 0 then
+          own[name] = 1000 * medium
+          break
+        end
+      end
     end
   end
+  return own, shared
 end
 
-local function close(holder, blocks)
-  result[#result + 1] = workers[holder]
-  result[#result + 1] = tonumber(holder) % 8
-  result[#result + 1] = blocks
-end
+-- Worker -> the highest tier its prefix has needed so far, and the rows it has; '' is anyone without own blocks yet.
+local needs, rows = { [''] = 0 }, { [''] = {} }
 
-local count = #keys / KEY_BYTES
-for i = 2, count do
-  if #active == 0 then
-    break
+local function close(worker, tier, count)
+  if tier > 0 and count > 0 then
+    local list = rows[worker]
+    list[#list + 1] = { tier, count }
   end
-  local block = string.sub(keys, (i - 1) * KEY_BYTES + 1, i * KEY_BYTES)
-  local holds = redis.call('SMISMEMBER', block_key(block), unpack(active))
-  local still = {}
-  for j, holder in ipairs(active) do
-    if holds[j] == 1 then
-      still[#still + 1] = holder
+end
+
+-- Block `index` (from 0) is to be had by these; false once nobody's prefix goes on.
+local function step(own, shared, index)
+  if needs[''] then
+    for worker in pairs(own) do
+      if needs[worker] == nil and not rows[worker] then
+        needs[worker] = needs['']
+        rows[worker] = { unpack(rows['']) }
+      end
+    end
+  end
+  local goes_on = false
+  for worker, need in pairs(needs) do
+    local tier = math.min(own[worker] or NONE, shared)
+    if tier == NONE then
+      close(worker, need, index)
+      needs[worker] = nil
     else
-      close(holder, i - 1)
+      if tier > need then
+        close(worker, need, index)
+        needs[worker] = tier
+      end
+      goes_on = true
     end
   end
-  active = still
+  return goes_on
 end
-for _, holder in ipairs(active) do
-  close(holder, count)
+
+local function walk()
+  local last_holders, own, shared
+  local first = 1
+  while first <= #blocks do
+    local head = math.floor((first - 1) / SPAN_BLOCKS) * SPAN_BLOCKS + 1
+    local count = first == 1 and FIRST_READ or CHUNK
+    local last = math.min(first + count - 1, head + SPAN_BLOCKS - 1, #blocks)
+    local values = redis.call('HMGET', span_key(namespace, blocks[head]), unpack(blocks, first, last))
+    for i = 1, #values do
+      local holders = values[i] or ''
+      if holders ~= last_holders then
+        last_holders = holders
+        own, shared = read_holders(holders)
+        if not step(own, shared, first + i - 2) then
+          return
+        end
+      end
+    end
+    first = last + 1
+  end
+  for worker, need in pairs(needs) do
+    close(worker, need, #blocks)
+  end
+end
+
+walk()
+local medium_of, name_of_tier = {}, {}
+for pool, tier in pairs(pool_tier) do
+  name_of_tier[tier] = pool
+end
+local result = {}
+for worker, list in pairs(rows) do
+  for _, row in ipairs(list) do
+    result[#result + 1] = worker
+    result[#result + 1] = math.floor(row[1] / 1000)
+    result[#result + 1] = name_of_tier[row[1]] or ''
+    result[#result + 1] = row[2]
+  end
 end
 return result

@@ -1,78 +1,148 @@
 -- Apply one part of a batch. ARGV: worker, epoch, sequence, replaces (the part opens a snapshot), commits (the part
--- is the batch's last), completes (the batch is a snapshot), ttl_ms, max_events, then (action, medium, keys) each.
--- Returns {outcome, last committed sequence or epoch in force}.
-local KEY_BYTES, CHUNK = 16, 1000
+-- is the batch's last), completes (the batch is a snapshot), ttl_ms, max_events, max_blocks, max_entries, then
+-- (action, medium, span, keys, positions) each; positions are 4 bytes, one per key or only the first.
+-- Returns {outcome, last committed sequence or epoch in force, blocks evicted}.
 local worker, epoch, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local replaces, commits, completes = ARGV[4] == '1', ARGV[5] == '1', ARGV[6] == '1'
-local ttl_ms, max_events = ARGV[7], ARGV[8]
+local ttl_ms, max_events, max_blocks, max_entries = ARGV[7], ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
 local name = worker_key(worker)
-local known = redis.call('HMGET', name, 'epoch', 'run', 'sequence')
-local run = known[2]
+local known = redis.call('HMGET', name, 'epoch', 'run', 'sequence', 'namespace')
+local run, namespace = known[2], known[4]
+-- What replicas are told: one field per event, (action, medium, number of keys, positions, keys).
+local told = {}
+local CLEARED, STORED, REMOVED, EVICTED = 0, 1, 2, 3
+local NO_POSITIONS, MOST_EVICTED = string.rep('\0', 4), 2048
+
+local function tell(action, medium, keys, positions)
+  told[#told + 1] = int(#told / 2)
+  told[#told + 1] = struct.pack('>BBI4', action, medium, #keys / KEY_BYTES) .. positions .. keys
+end
+
+local function position_of(positions, i)
+  if #positions == 4 then
+    return struct.unpack('>I4', positions) + i - 1
+  end
+  return (struct.unpack('>I4', positions, 4 * i - 3))
+end
+
+-- Entries to add to the run's reverse set: many events, one call.
+local ranks = {}
+-- How many entries there are more than before; a retired run's still count until they are swept.
+local grown = 0
+
+local function flush()
+  call_in_chunks('ZADD', held_key(run), ranks)
+  ranks = {}
+end
 
 local function clear()
-  retire_run(run)
+  flush()
+  grown = grown + redis.call('ZCARD', held_key(run))
+  retire_run(run, namespace)
   run = new_run(worker)
   redis.call('HSET', name, 'run', run)
-  emit(max_events, 'kind', 'cleared', 'worker', worker, 'epoch', epoch, 'medium', 0, 'keys', '')
+  tell(CLEARED, 0, '', '')
 end
 
--- Variadic in chunks: Lua's stack bounds the arguments of one call.
-local function change_held(command, holder, blocks)
-  for first = 1, #blocks, CHUNK do
-    redis.call(command, held_key(holder), unpack(blocks, first, math.min(first + CHUNK - 1, #blocks)))
+local function store(medium, span, keys, positions)
+  local bucket, blocks = span_key(namespace, span), split(keys)
+  local packed_run, mask = struct.pack('>I4', run), 2 ^ tonumber(medium)
+  local writes = {}
+  -- Neighbours mostly have the same holders: what became of the last list serves again.
+  local last_before, last_after, last_is_new
+  each_chunk(blocks, function(first, last)
+    local values = redis.call('HMGET', bucket, unpack(blocks, first, last))
+    for i = first, last do
+      local before = values[i - first + 1] or ''
+      if before ~= last_before then
+        local at = find_run(before, packed_run)
+        last_before, last_is_new = before, not at
+        if at then
+          local media = bit.bor(string.byte(before, at + 4), mask)
+          last_after = string.sub(before, 1, at + 3) .. string.char(media) .. string.sub(before, at + HOLDER_BYTES)
+        else
+          last_after = before .. packed_run .. string.char(mask)
+        end
+      end
+      if last_after ~= before then
+        writes[#writes + 1] = blocks[i]
+        writes[#writes + 1] = last_after
+      end
+      if last_is_new then
+        ranks[#ranks + 1] = position_of(positions, i)
+        ranks[#ranks + 1] = span .. blocks[i]
+      end
+    end
+  end)
+  if #writes > 0 then
+    call_in_chunks('HSET', bucket, writes)
   end
+  redis.call('PEXPIRE', bucket, ttl_ms)
 end
 
-local function split(keys)
-  local blocks = {}
-  for first = 1, #keys, KEY_BYTES do
-    blocks[#blocks + 1] = string.sub(keys, first, first + KEY_BYTES - 1)
+local function remove(medium, span, keys)
+  flush()
+  local members = strip(namespace, span, split(keys), run, 2 ^ tonumber(medium))
+  for i, block in ipairs(members) do
+    members[i] = span .. block
   end
-  return blocks
+  call_in_chunks('ZREM', held_key(run), members)
 end
 
-local function store(holder, blocks)
-  change_held('SADD', holder, blocks)
-  redis.call('PEXPIRE', held_key(holder), ttl_ms)
-  for _, block in ipairs(blocks) do
-    redis.call('SADD', block_key(block), holder)
-    redis.call('PEXPIRE', block_key(block), ttl_ms)
+-- Keep within the bounds: the publisher's own deepest blocks make room.
+local function evict()
+  local excess = math.max(
+    redis.call('ZCARD', held_key(run)) - max_blocks,
+    tonumber(redis.call('GET', prefix .. ':entries') or '0') - max_entries
+  )
+  if excess <= 0 then
+    return 0
   end
-end
-
-local function remove(holder, blocks)
-  change_held('SREM', holder, blocks)
-  for _, block in ipairs(blocks) do
-    redis.call('SREM', block_key(block), holder)
+  local removed, count = pop_deepest(namespace, run, math.min(excess, MOST_EVICTED))
+  if count > 0 then
+    tell(EVICTED, 0, table.concat(removed), NO_POSITIONS)
   end
+  return count
 end
 
 if not known[1] then
-  return {'unknown', 0}
+  return {'unknown', 0, 0}
 end
 if known[1] ~= epoch then
-  return {tonumber(known[1]) > tonumber(epoch) and 'stale' or 'unknown', known[1]}
+  return {tonumber(known[1]) > tonumber(epoch) and 'stale' or 'unknown', known[1], 0}
 end
+grown = -redis.call('ZCARD', held_key(run))
 if replaces then
   clear()
   -- Until the last part commits, any other sequence than this one is a gap.
   redis.call('HSET', name, 'sequence', int(sequence - 1), 'gap', 1)
 elseif sequence <= tonumber(known[3]) then
-  return {'ok', known[3]}
+  return {'ok', known[3], 0}
 elseif sequence ~= tonumber(known[3]) + 1 then
   redis.call('HSET', name, 'gap', 1)
-  return {'gap', known[3]}
+  return {'gap', known[3], 0}
 end
 
-for i = 9, #ARGV, 3 do
-  local action, medium, keys = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+for i = 11, #ARGV, 5 do
+  local action, medium, span, keys, positions = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   if action == 'cleared' then
     clear()
   elseif #keys > 0 then
-    local apply = action == 'stored' and store or remove
-    apply(holder_of(run, medium), split(keys))
-    emit(max_events, 'kind', action, 'worker', worker, 'epoch', epoch, 'medium', medium, 'keys', keys)
+    if action == 'stored' then
+      store(medium, span, keys, positions)
+      tell(STORED, medium, keys, positions)
+    else
+      remove(medium, span, keys)
+      tell(REMOVED, medium, keys, NO_POSITIONS)
+    end
   end
+end
+flush()
+redis.call('PEXPIRE', held_key(run), ttl_ms)
+add_entries(grown + redis.call('ZCARD', held_key(run)))
+local evicted = evict()
+if #told > 0 then
+  emit(max_events, 'kind', 'blocks', 'worker', worker, 'epoch', epoch, unpack(told))
 end
 
 if commits then
@@ -84,4 +154,4 @@ if commits then
     redis.call('HSET', name, 'complete_ms', int(now_ms()))
   end
 end
-return {'ok', commits and int(sequence) or int(sequence - 1)}
+return {'ok', commits and int(sequence) or int(sequence - 1), evicted}

@@ -19,4 +19,4 @@ else
     ended = ended + 1
   end
 end
-return {ended, prolonged, redis.call('SCARD', prefix .. ':trash'), redis.call('ZCARD', leases)}
+return {ended, prolonged, redis.call('HLEN', prefix .. ':trash'), redis.call('ZCARD', leases)}

@@ -1,7 +1,8 @@
--- Take or renew a lease. ARGV: worker, epoch, info, model, block_size, draining, lease_ms, refresh_ms, max_events.
--- Returns {accepted, epoch in force, wants_snapshot}.
+-- Take or renew a lease. ARGV: worker, epoch, info, model, block_size, draining, pool_medium (0: not a pool), lease_ms,
+-- refresh_ms, max_events. Returns {accepted, epoch in force, wants_snapshot}.
 local worker, epoch, info, model, block_size, draining = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local lease_ms, refresh_ms, max_events = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+local pool_medium = ARGV[7]
+local lease_ms, refresh_ms, max_events = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
 local name = worker_key(worker)
 local known = redis.call('HMGET', name, 'epoch', 'info', 'draining', 'sequence', 'gap', 'complete_ms')
 local sequence, gap, complete_ms = known[4], known[5], known[6]
@@ -14,15 +15,30 @@ if known[1] and tonumber(known[1]) < tonumber(epoch) then
   known = {}
 end
 
+local function namespace_number()
+  local namespaces, namespace = prefix .. ':namespaces', block_size .. '/' .. model
+  local number = redis.call('HGET', namespaces, namespace)
+  if not number then
+    number = int(redis.call('HLEN', namespaces) + 1)
+    redis.call('HSET', namespaces, namespace, number)
+  end
+  return number
+end
+
 local is_new = not known[1]
 if is_new then
   sequence, gap, complete_ms = '0', '0', '0'
-  redis.call('HSET', name, 'epoch', epoch, 'run', new_run(worker), 'sequence', 0, 'gap', 0, 'complete_ms', 0)
+  local namespace = namespace_number()
+  redis.call('HSET', name, 'epoch', epoch, 'run', new_run(worker), 'sequence', 0, 'gap', 0, 'complete_ms', 0,
+    'namespace', namespace, 'model', model, 'block_size', block_size, 'pool_medium', pool_medium)
+  if pool_medium ~= '0' then
+    redis.call('SADD', pools_key(namespace), worker)
+  end
 end
 if is_new or known[2] ~= info or known[3] ~= draining then
-  redis.call('HSET', name, 'info', info, 'model', model, 'block_size', block_size, 'draining', draining)
+  redis.call('HSET', name, 'info', info, 'draining', draining)
   emit(max_events, 'kind', 'joined', 'worker', worker, 'epoch', epoch, 'info', info, 'model', model,
-    'block_size', block_size, 'draining', draining)
+    'block_size', block_size, 'draining', draining, 'pool_medium', pool_medium)
 end
 
 local now = now_ms()
