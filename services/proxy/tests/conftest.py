@@ -92,6 +92,7 @@ class FakeWorker:
     prefill_error: OmniError | None = None
     reject: tuple[str, str] | None = None
     model: str = MODEL
+    cached_tokens: int = 3
     prefills: list[prefill_pb.PrefillRequest] = field(default_factory=list)
     submits: list[decode_pb.Submit] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
@@ -104,6 +105,7 @@ class FakeWorker:
     prefill_started: asyncio.Event = field(default_factory=asyncio.Event)
     breaks: asyncio.Event = field(default_factory=asyncio.Event)
     frames: int = 0
+    described: int = 0
     address: str = ""
     epoch: int = 1
 
@@ -125,11 +127,15 @@ class FakeWorker:
         )  # fmt: skip
 
     async def Describe(self, request: Any, context: Any) -> worker_service_pb2.DescribeResponse:
+        self.described += 1
         return worker_service_pb2.DescribeResponse(info=self.info())
 
     async def WatchStats(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.WatchStatsResponse]:
         yield worker_service_pb2.WatchStatsResponse(worker_id=self.worker_id, epoch=self.epoch, running=len(self.live))
         await asyncio.Event().wait()
+
+    async def ListBlocks(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.ListBlocksResponse]:
+        yield worker_service_pb2.ListBlocksResponse(epoch=self.epoch)
 
     async def Drain(self, request: Any, context: Any) -> worker_service_pb2.DrainResponse:
         return worker_service_pb2.DrainResponse(drained=True)
@@ -148,7 +154,9 @@ class FakeWorker:
             raise
         prompt = list(request.token_ids)
         first = self.token(prompt, 0)
-        answer = prefill_pb.PrefillResponse(first_token_id=first, worker_id=self.worker_id, cached_tokens=3)
+        answer = prefill_pb.PrefillResponse(
+            first_token_id=first, worker_id=self.worker_id, cached_tokens=self.cached_tokens
+        )
         answer.timings.queue_ms = 1.5
         if request.sampling.HasField("logprobs"):
             answer.logprobs.CopyFrom(logprobs(first, request.sampling.logprobs))

@@ -1,17 +1,15 @@
-"""The choice of workers, the ledger, the routing history, the continuation."""
+"""The choice of workers, the ledger, the continuation."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_common.blocks import KEY_BYTES, block_keys, root_key
 from omni_common.errors import InvalidRequest, Unavailable
 from omni_proxy.continuation import FirstToken, continuation, first_token_source
 from omni_proxy.ledger import Ledger
 from omni_proxy.ports import KvHandle
 from omni_proxy.sampling import Sampling
 from omni_proxy.scheduling.policy import POLICIES, Candidate, SchedulingRequest
-from omni_proxy.scheduling.prefix import PrefixHistory
 from omni_proxy.settings import Settings
 
 
@@ -34,6 +32,30 @@ def d(name: str, **state: int) -> Candidate:
         pytest.param(
             [p("p1"), p("p2", cached_tokens=64, queued_tokens=90), d("d1")], ("p1", "d1"), "disaggregated", id="queue"
         ),
+        pytest.param(
+            [p("p1", cached_tokens=96, expected_tokens=96, own_uncached_tokens=100), p("p2"), d("d1")],
+            ("p1", "d1"),
+            "disaggregated",
+            id="the prefix is on its way",
+        ),
+        pytest.param(
+            [p("p1", cached_tokens=96, expected_tokens=96, own_uncached_tokens=200), p("p2"), d("d1")],
+            ("p2", "d1"),
+            "disaggregated",
+            id="the prefix is on its way behind other work",
+        ),
+        pytest.param(
+            [p("p1"), p("p2", loadable_tokens=64, own_requests=3), d("d1")],
+            ("p2", "d1"),
+            "disaggregated",
+            id="loadable",
+        ),
+        pytest.param(
+            [p("p1", loadable_tokens=64, load_ms=9), p("p2", loadable_tokens=64, load_ms=8), d("d1")],
+            ("p2", "d1"),
+            "disaggregated",
+            id="loaded sooner",
+        ),
         pytest.param([p("p1"), d("d1", running=3), d("d2", running=1)], ("p1", "d2"), "disaggregated", id="running"),
         pytest.param([p("p1"), d("d1", own_requests=1), d("d2")], ("p1", "d2"), "disaggregated", id="own running"),
         pytest.param([p("p1"), d("d1", cached_tokens=95)], (None, "d1"), "uncached_part_short", id="short"),
@@ -54,6 +76,8 @@ def test_least_uncached_tokens(fleet, chosen, reason):
     assert ((decision.prefill, decision.decode), decision.reason) == (chosen, reason)
     assert set(decision.decode_costs) == {c.worker_id for c in fleet if c.decodes}
     assert set(decision.prefill_costs) == {c.worker_id for c in fleet if c.prefills}
+    for cost in decision.prefill_costs.values():
+        assert cost.parts.keys() == {"own", "ahead", "expected", "loadable", "load_ms"}
 
 
 def test_round_robin_takes_turns():
@@ -102,30 +126,6 @@ def nest(ledger: Ledger, charges: list[tuple[str, int]]) -> None:
     with ledger.charge(*charges[0]):
         assert ledger.of(charges[0][0]).requests >= 1
         nest(ledger, charges[1:])
-
-
-def keys(tokens: list[int]) -> bytes:
-    return block_keys(tokens, 2, root_key("m"))
-
-
-@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
-def test_the_history_counts_the_common_blocks(first, second):
-    history = PrefixHistory(100)
-    history.record("w", keys(first))
-    common = 0
-    while 2 * common + 2 <= min(len(first), len(second)) and first[: 2 * common + 2] == second[: 2 * common + 2]:
-        common += 1
-    assert history.cached_blocks("w", keys(second)) == common
-    assert history.cached_blocks("other", keys(second)) == 0
-
-
-def test_the_history_is_bounded_and_keeps_heads():
-    history = PrefixHistory(3)
-    long = keys(list(range(20)))
-    history.record("w", long)
-    assert history.cached_blocks("w", long) == 3
-    history.forget("w")
-    assert history.cached_blocks("w", long[:KEY_BYTES]) == 0
 
 
 HANDLE = KvHandle(b"", "e", "l", 9, 1, 4, 30.0)

@@ -12,18 +12,24 @@ from fastapi import FastAPI
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
+from omni_common.key_cache import KeyCache
+from omni_common.prefix_index import PrefixIndex, warm_up
 from omni_common.rpc import channel
 from omni_proxy.admission import Admission
+from omni_proxy.bodies import HttpLimits
 from omni_proxy.fleet import Fleet, Worker
-from omni_proxy.http import Api, HttpLimits, create_app
+from omni_proxy.http import Api, create_app
+from omni_proxy.kv_pages import KvPages
 from omni_proxy.ledger import Ledger
 from omni_proxy.links import WorkerLink
 from omni_proxy.membership import KvStoreMembership, StaticMembership
 from omni_proxy.metrics import Metrics
 from omni_proxy.openai_requests import Served
+from omni_proxy.prompt_keys import PromptKeys
+from omni_proxy.replica import Replica
 from omni_proxy.roster import Roster
+from omni_proxy.scheduling.forecast import LoadCost
 from omni_proxy.scheduling.policy import POLICIES
-from omni_proxy.scheduling.prefix import PrefixHistory
 from omni_proxy.sequence import Limits, Scheduler
 from omni_proxy.settings import Settings
 from omni_proxy.status import StatusPages
@@ -47,7 +53,9 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
     """Build the proxy and keep its connections while the block runs."""
     text = ModelText(settings.model_dir)
     metrics = Metrics(registry)
-    fleet = Fleet(settings.model, Ledger(), PrefixHistory(settings.history_blocks))
+    # Before anything is served: the first lookup would hold up the event loop for seconds.
+    await asyncio.to_thread(warm_up)
+    fleet = _fleet(settings, metrics)
     admission = Admission(settings.max_inflight, metrics)
     proxy_id = settings.proxy_id or f"proxy-{socket.gethostname()}-{os.getpid()}"
 
@@ -66,17 +74,33 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
         )
 
     async with Roster(fleet, link, settings.request_timeout_s) as roster:
-        kvstore = KvStoreMembership(settings.kvstore, connect, roster) if settings.kvstore else None
+        kvstore = None
+        if settings.kvstore:
+            kvstore = KvStoreMembership(settings.kvstore, settings.model, connect, roster, fleet.replica)
         statics = [StaticMembership(a, connect, roster, settings.connect_timeout_s) for a in settings.workers]
         pages = StatusPages(fleet, admission, metrics, kvstore, settings.model)
         api = _api(settings, text, fleet, metrics, admission, tracer)
+        kv = KvPages(fleet, api.scheduler.keys, text, api.served, api.limits)
         sources = [asyncio.create_task(s.run()) for s in ([kvstore] if kvstore else []) + statics]
         try:
-            yield Proxy(create_app(api, pages), fleet, admission)
+            yield Proxy(create_app(api, pages, kv), fleet, admission)
         finally:
             for source in sources:
                 source.cancel()
             await asyncio.gather(*sources, return_exceptions=True)
+
+
+def _fleet(settings: Settings, metrics: Metrics) -> Fleet:
+    def make_index() -> PrefixIndex:
+        return PrefixIndex(max_blocks=settings.index_blocks)
+
+    load_costs = {
+        "host": LoadCost(0.0, settings.host_ms_per_block),
+        "disk": LoadCost(0.0, settings.disk_ms_per_block),
+        "remote": LoadCost(0.0, settings.remote_ms_per_block),
+    }
+    replica = Replica(make_index, settings.expected_ttl_s, metrics.prefix)
+    return Fleet(settings.model, Ledger(), replica, load_costs)
 
 
 def _api(
@@ -85,8 +109,9 @@ def _api(
     policy = POLICIES[settings.policy](settings.disaggregate_min_tokens)
     limits = Limits(settings.max_attempts, settings.resume_timeout_s)
     defaults = text.sampling_defaults if settings.generation_defaults == "model" else {}
+    keys = PromptKeys(settings.model, KeyCache(settings.key_cache_bytes), metrics.prefix)
     return Api(
-        scheduler=Scheduler(fleet, policy, metrics, settings.model, limits),
+        scheduler=Scheduler(fleet, policy, metrics, settings.model, limits, keys),
         text=text,
         served=Served(
             settings.model, settings.model_aliases, text.vocab_size, defaults, settings.max_sequences_per_request

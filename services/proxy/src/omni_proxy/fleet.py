@@ -4,14 +4,15 @@ Written by the membership and the links on the event loop, read by the scheduler
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from omni_proxy.ledger import Ledger
 from omni_proxy.ports import DecodePort, PrefillPort
+from omni_proxy.replica import Holder, Replica
+from omni_proxy.scheduling.forecast import Forecast, LoadCost, Outlook
 from omni_proxy.scheduling.policy import Candidate
-from omni_proxy.scheduling.prefix import PrefixHistory
 
 
 class Role(StrEnum):
@@ -78,12 +79,14 @@ class Member:
 class Fleet:
     """Members by worker id, and a signal for those who wait for a change."""
 
-    def __init__(self, model: str, ledger: Ledger, history: PrefixHistory) -> None:
+    def __init__(self, model: str, ledger: Ledger, replica: Replica, load_costs: Mapping[str, LoadCost]) -> None:
+        """`load_costs`: of a worker's own tiers `host`, `disk` and `remote`."""
         self._model = model
         self._members: dict[str, Member] = {}
         self._changed = asyncio.Event()
+        self._load_costs = load_costs
         self.ledger = ledger
-        self.history = history
+        self.replica = replica
 
     @property
     def members(self) -> Sequence[Member]:
@@ -94,13 +97,14 @@ class Fleet:
 
     def put(self, member: Member) -> None:
         """Add a worker or replace its earlier epoch, whose cached blocks are gone."""
-        self.history.forget(member.worker.id)
         self._members[member.worker.id] = member
+        if self._serves(member):
+            self.replica.adopt(Holder(member.worker.id, member.worker.epoch))
         self.signal()
 
     def drop(self, worker_id: str) -> None:
         if self._members.pop(worker_id, None) is not None:
-            self.history.forget(worker_id)
+            self.replica.drop(worker_id)
             self.ledger.forget(worker_id)
             self.signal()
 
@@ -123,25 +127,37 @@ class Fleet:
     def can_decode(self) -> bool:
         return any(m.decode is not None and m.refusal is None and self._serves(m) for m in self._members.values())
 
+    @property
+    def block_sizes(self) -> Sequence[int]:
+        """Of the model's workers, each once, in order of size."""
+        return sorted({m.worker.block_size for m in self._members.values() if self._serves(m)})
+
     def candidates(self, keys_of: Callable[[int], bytes]) -> list[Candidate]:
-        """Workers that take work for the model; `keys_of(block_size)` are the prompt's block keys."""
-        return [
-            self._candidate(member, keys_of(member.worker.block_size))
-            for member in self._members.values()
-            if member.refusal is None and self._serves(member)
-        ]
+        """Workers that take work for the model; `keys_of(block_size)` are the prompt's block keys.
+
+        One lookup per block size answers for all of them.
+        """
+        usable = [m for m in self._members.values() if m.refusal is None and self._serves(m)]
+        outlooks = {size: self._outlook(keys_of(size), size) for size in {m.worker.block_size for m in usable}}
+        return [self._candidate(m, outlooks[m.worker.block_size].of(m.worker.id)) for m in usable]
 
     def _serves(self, member: Member) -> bool:
         return member.worker.model == self._model
 
-    def _candidate(self, member: Member, keys: bytes) -> Candidate:
+    def _outlook(self, keys: bytes, block_size: int) -> Outlook:
+        return Outlook(self.replica.lookup(keys, block_size), block_size, self._load_costs, self.replica.pool_costs)
+
+    def _candidate(self, member: Member, forecast: Forecast) -> Candidate:
         worker, load, own = member.worker, member.load, self.ledger.of(member.worker.id)
         return Candidate(
             worker_id=worker.id,
             prefills=worker.role is Role.PREFILL and member.prefill is not None,
             decodes=member.decode is not None,
             kv_connector=worker.kv_connector,
-            cached_tokens=self.history.cached_blocks(worker.id, keys) * worker.block_size,
+            cached_tokens=forecast.cached_tokens,
+            expected_tokens=forecast.expected_tokens,
+            loadable_tokens=forecast.loadable_tokens,
+            load_ms=forecast.load_ms,
             own_requests=own.requests,
             own_uncached_tokens=own.uncached_tokens,
             dispatched=own.dispatched,

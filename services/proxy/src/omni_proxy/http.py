@@ -1,6 +1,5 @@
 """The REST surface: routes, bodies in, answers out."""
 
-import asyncio
 import re
 import secrets
 import time
@@ -17,8 +16,10 @@ from omni_common.errors import InvalidRequest, NotFound, OmniError
 from omni_proxy import __version__
 from omni_proxy.admission import Admission
 from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer
+from omni_proxy.bodies import HttpLimits, read_body
 from omni_proxy.fields import Fields
 from omni_proxy.generation import Generation, token_limits
+from omni_proxy.kv_pages import KvPages
 from omni_proxy.lifecycle import check_room
 from omni_proxy.openai_answers import (
     ChatEvents,
@@ -29,29 +30,14 @@ from omni_proxy.openai_answers import (
 )
 from omni_proxy.openai_errors import error_body, error_headers, status_of
 from omni_proxy.openai_logprobs import chat_logprobs, completion_logprobs
-from omni_proxy.openai_requests import (
-    Options,
-    Served,
-    parse_chat,
-    parse_completion,
-    parse_detokenize,
-    parse_json,
-    parse_tokenize,
-)
+from omni_proxy.openai_requests import Options, Served, parse_chat, parse_completion, parse_json
+from omni_proxy.prompt_requests import parse_detokenize, parse_tokenize
 from omni_proxy.sequence import Scheduler
 from omni_proxy.status import StatusPages
 from omni_proxy.text import ModelText
 from omni_proxy.tracing import RequestTrace
 
-_DISCARD_FACTOR = 8
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-@dataclass(frozen=True, slots=True)
-class HttpLimits:
-    max_body_bytes: int
-    body_timeout_s: float
-    request_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,36 +162,13 @@ class Api:
         }
 
 
-async def read_body(request: Request, limits: HttpLimits) -> bytes:
-    """The whole body, refused as soon as it is too long or too slow."""
-    too_large = InvalidRequest(f"the body is larger than {limits.max_body_bytes} bytes", reason="body_too_large")
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= limits.max_body_bytes:
-                    chunks.append(chunk)
-                    continue
-                # A client that still sends would see a reset instead of the answer; so a little more is read.
-                chunks.clear()
-                if size > _DISCARD_FACTOR * limits.max_body_bytes:
-                    break
-    except TimeoutError:
-        raise InvalidRequest(f"no whole body within {limits.body_timeout_s} s", reason="body_timeout") from None
-    if size > limits.max_body_bytes:
-        raise too_large
-    return b"".join(chunks)
-
-
 def request_id_of(request: Request) -> str:
     """The client's id where it is short printable ASCII, or a new one."""
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-def create_app(api: Api, pages: StatusPages) -> FastAPI:
+def create_app(api: Api, pages: StatusPages, kv: KvPages) -> FastAPI:
     """Routes and error answers; everything they need is passed in."""
     app = FastAPI(title="Omni", version=__version__, redirect_slashes=False)
     for path, handler in (
@@ -213,6 +176,7 @@ def create_app(api: Api, pages: StatusPages) -> FastAPI:
         ("/v1/completions", api.completions),
         ("/tokenize", api.tokenize),
         ("/detokenize", api.detokenize),
+        ("/kv/prefix", kv.prefix),
     ):
         app.add_api_route(path, handler, methods=["POST"], response_model=None)
     for path, handler in (
@@ -222,6 +186,8 @@ def create_app(api: Api, pages: StatusPages) -> FastAPI:
         ("/ready", pages.ready),
         ("/metrics", pages.metrics),
         ("/workers", pages.workers),
+        ("/kv", kv.summary),
+        ("/kv/hottest", kv.hottest),
     ):
         app.add_api_route(path, handler, methods=["GET"], response_model=None)
 

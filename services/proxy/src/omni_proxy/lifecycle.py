@@ -10,11 +10,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from omni_common.blocks import block_keys, root_key
 from omni_common.errors import Code, DeadlineExceeded, InvalidRequest, OmniError, Unavailable
 from omni_proxy.continuation import FirstToken, continuation, first_token_source
 from omni_proxy.feed import End, Feed
-from omni_proxy.fleet import Member
+from omni_proxy.fleet import Member, Worker
+from omni_proxy.foresight import Foresight
+from omni_proxy.marks import Mark
 from omni_proxy.ports import FinishReason, KvHandle, PrefillAnswer, PrefillOrder, Submission
 from omni_proxy.scheduling.policy import Decision, SchedulingRequest
 from omni_proxy.sequence import Scheduler, SequenceJob, SequenceRecord, TokenBatch
@@ -41,6 +42,7 @@ class _Progress:
     first_token: FirstToken = FirstToken.DECODE_ALONE
     excluded: set[str] = field(default_factory=set)
     decode: str | None = None
+    mark: Mark | None = None
 
 
 class SequenceRun:
@@ -50,7 +52,7 @@ class SequenceRun:
         self._scheduler = scheduler
         self._job = job
         self._trace = trace
-        self._keys: dict[int, bytes] = {}
+        self._foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, scheduler.metrics.prefix)
         self._progress = _Progress()
         self.record = SequenceRecord()
 
@@ -71,7 +73,7 @@ class SequenceRun:
                     feed, member = await self._submitted(stack)
                     while True:
                         await feed.wait()
-                        batch = self._taken(feed)
+                        batch = self._taken(feed, member.worker)
                         if batch.token_ids or batch.finish_reason is not None:
                             yield batch
                         if feed.end is not None:
@@ -91,13 +93,7 @@ class SequenceRun:
             kv_connector=progress.lease.kv_connector if progress.lease else None,
             excluded=frozenset(progress.excluded),
         )
-        return self._scheduler.policy.choose(request, self._scheduler.fleet.candidates(self._block_keys))
-
-    def _block_keys(self, block_size: int) -> bytes:
-        if block_size not in self._keys:
-            root = root_key(self._scheduler.model)
-            self._keys[block_size] = block_keys(self._job.prompt, block_size, root) if block_size else b""
-        return self._keys[block_size]
+        return self._scheduler.policy.choose(request, self._foresight.candidates())
 
     async def _prefilled(self) -> PrefillAnswer | None:
         """The answer of a prefill worker, or None when decode is to compute the prompt."""
@@ -123,15 +119,16 @@ class SequenceRun:
 
     async def _prefill_on(self, member: Member) -> PrefillAnswer:
         assert member.prefill is not None
-        job, worker, fleet = self._job, member.worker, self._scheduler.fleet
-        keys = self._block_keys(worker.block_size)
-        cached = fleet.history.cached_blocks(worker.id, keys) * worker.block_size
+        job, worker, foresight = self._job, member.worker, self._foresight
+        keys = foresight.keys(worker.block_size)
         order = PrefillOrder(job.request_id, self._scheduler.model, job.prompt, job.sampling, keys)
-        charge = fleet.ledger.charge(worker.id, max(0, len(job.prompt) - cached))
-        with charge, self._trace.leg("proxy.prefill", {"omni.worker_id": worker.id}) as leg:
+        charge = self._scheduler.fleet.ledger.charge(worker.id, foresight.uncached_tokens(worker))
+        leg_trace = self._trace.leg("proxy.prefill", foresight.attributes(worker))
+        with foresight.mark(worker) as mark, charge, leg_trace as leg:
             answer = await member.prefill.prefill(order, self._left_s(), leg.headers)
+            mark.computed()
             leg.set({"omni.cached_tokens": answer.cached_tokens, "omni.queue_ms": answer.timings.queue_ms})
-        fleet.history.record(worker.id, keys)
+        self.record.predicted_cached_tokens = foresight.compare(worker, answer.cached_tokens)
         self.record.prefill_worker = worker.id
         self.record.cached_tokens = answer.cached_tokens
         self.record.queue_ms = answer.timings.queue_ms
@@ -202,7 +199,8 @@ class SequenceRun:
         handle = lease.handle if lease and lease.kv_connector == worker.kv_connector else None
         is_pull = handle is not None and len(progress.sent) <= 1
         after = continuation(job.prompt, progress.sent, job.sampling, progress.first_token)
-        leg = stack.enter_context(self._trace.leg("proxy.decode", {"omni.worker_id": worker.id}))
+        attributes = {"omni.worker_id": worker.id} if is_pull else self._foresight.attributes(worker)
+        leg = stack.enter_context(self._trace.leg("proxy.decode", attributes))
         uncached = 0 if is_pull else len(after.token_ids)
         stack.enter_context(self._scheduler.fleet.ledger.charge(worker.id, uncached))
         feed = decode.submit(
@@ -218,13 +216,14 @@ class SequenceRun:
             )
         )
         stack.callback(decode.abort, feed)
+        progress.mark = None if is_pull else stack.enter_context(self._foresight.mark(worker))
         self.record.decode_worker = worker.id
         return feed
 
-    def _taken(self, feed: Feed) -> TokenBatch:
+    def _taken(self, feed: Feed, worker: Worker) -> TokenBatch:
         tokens, rows = feed.take()
         if feed.start is not None:
-            self._note_start(feed)
+            self._note_start(feed, worker)
         if tokens:
             if not self._progress.sent:
                 self._count_first_token(self._progress.first_token)
@@ -232,22 +231,24 @@ class SequenceRun:
         finish = feed.end.finish_reason if feed.end is not None else None
         return TokenBatch(tokens, rows, finish if finish in _ENDED else None)
 
-    def _note_start(self, feed: Feed) -> None:
+    def _note_start(self, feed: Feed, worker: Worker) -> None:
         """The pull is over: the holder has freed the blocks, or the worker did without them."""
         start, feed.start = feed.start, None
         assert start is not None
-        record = self.record
-        if self._progress.lease is None and not self._progress.sent:
+        record, progress = self.record, self._progress
+        if progress.lease is None and not progress.sent:
             record.cached_tokens = start.cached_tokens
-        if self._progress.lease is not None and start.fell_back:
+            record.predicted_cached_tokens = self._foresight.compare(worker, start.cached_tokens)
+        if progress.lease is not None and start.fell_back:
             record.fell_back = True
             self._give_up_lease()
-        self._progress.lease = None
+        progress.lease = None
         record.queue_ms += start.timings.queue_ms
         record.transfer_ms += start.timings.transfer_ms
-        fleet = self._scheduler.fleet
-        if (member := fleet.get(record.decode_worker)) is not None:
-            fleet.history.record(record.decode_worker, self._block_keys(member.worker.block_size))
+        if progress.mark is not None:
+            progress.mark.computed()
+        else:
+            self._foresight.pulled(worker)
 
     async def _after_broken_leg(self, end: End, member: Member, attempt: int) -> None:
         """Make ready for another attempt, or raise what must not be tried again."""

@@ -1,8 +1,9 @@
-"""Where workers are learnt from: the kvstore's watch, and addresses in the settings."""
+"""Where workers are learnt from: the kvstore's watch, which also tells their blocks, and addresses in the settings."""
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -12,21 +13,38 @@ from omni.engine.v1 import worker_service_pb2_grpc
 from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.kvstore.v1 import kvstore_service_pb2_grpc
 from omni_proxy.backoff import Backoff
+from omni_proxy.replica import Replica
 from omni_proxy.roster import Roster
-from omni_proxy.wire import worker_from_wire
+from omni_proxy.wire import (
+    changes_from_wire,
+    holder_from_wire,
+    is_pool,
+    position_from_wire,
+    position_to_wire,
+    worker_from_wire,
+)
 
 log = logging.getLogger(__name__)
+
+_WORKERS_AT_ONCE = 16
+"""Workers of one message taken in before other work of the event loop gets its turn."""
 
 Connect = Callable[[str], grpc.aio.Channel]
 
 
 class KvStoreMembership:
-    """Follows the kvstore's list of workers; while the kvstore is away the last list stays."""
+    """Follows the kvstore's workers and their blocks; while it is away, what it told last stays."""
 
-    def __init__(self, address: str, connect: Connect, roster: Roster) -> None:
-        self._address = address
+    def __init__(
+        self, addresses: Sequence[str], model: str, connect: Connect, roster: Roster, replica: Replica
+    ) -> None:
+        """Replicas at `addresses` are tried in turn; only blocks of `model` are followed."""
+        self._addresses = addresses
+        self._model = model
         self._connect = connect
         self._roster = roster
+        self._replica = replica
+        self._told: set[str] = set()
         self._heard_at: float | None = None
         self.is_connected = False
         self.is_degraded = False
@@ -40,34 +58,67 @@ class KvStoreMembership:
 
     async def run(self) -> None:
         backoff = Backoff()
-        async with self._connect(self._address) as channel:
-            stub: Any = kvstore_service_pb2_grpc.KvStoreServiceStub(channel)  # type: ignore[no-untyped-call]
-            while True:
-                try:
-                    async for message in stub.Watch(kvstore_pb.WatchRequest(blocks=False)):
-                        backoff.reset()
-                        self._apply(message)
-                except grpc.aio.AioRpcError as error:
-                    if backoff.is_first:
-                        log.warning("kvstore unreachable; the last list stays", extra={"code": error.code().name})
-                self._lost()
-                await backoff.wait()
+        for address in itertools.cycle(self._addresses):
+            try:
+                async with self._connect(address) as channel:
+                    await self._follow(channel, backoff)
+            except grpc.aio.AioRpcError as error:
+                if backoff.is_first:
+                    message = "kvstore unreachable; what it told last stays"
+                    log.warning(message, extra={"address": address, "code": error.code().name})
+            except ValueError:
+                # A message the index refuses would come again after its position; a snapshot leaves it behind.
+                log.exception("kvstore told what cannot be; asking for a snapshot", extra={"address": address})
+                self._replica.position = None
+            self._lost()
+            await backoff.wait()
+
+    async def _follow(self, channel: grpc.aio.Channel, backoff: Backoff) -> None:
+        stub: Any = kvstore_service_pb2_grpc.KvStoreServiceStub(channel)  # type: ignore[no-untyped-call]
+        resume = position_to_wire(self._replica.position)
+        is_first = True
+        async for message in stub.Watch(kvstore_pb.WatchRequest(blocks=True, model=self._model, resume=resume)):
+            if is_first and resume is not None and not message.snapshot:
+                self._replica.resumed()
+            is_first = False
+            await self._apply(message)
+            if self._replica.is_current:
+                backoff.reset()
 
     def _lost(self) -> None:
         if self.is_connected:
             self._heard_at = asyncio.get_running_loop().time()
         self.is_connected = False
+        self._replica.lost()
 
-    def _apply(self, message: kvstore_pb.WatchResponse) -> None:
+    async def _apply(self, message: kvstore_pb.WatchResponse) -> None:
         self.is_connected, self.is_degraded = True, message.degraded
         self._heard_at = asyncio.get_running_loop().time()
-        for change in message.workers:
-            if change.removed:
-                self._roster.leave(change.info.worker_id)
-            else:
-                self._roster.join(worker_from_wire(change.info), is_draining=change.draining)
         if message.snapshot:
-            self._roster.keep_only({c.info.worker_id for c in message.workers if not c.removed})
+            self._replica.begin_snapshot()
+        for number, change in enumerate(message.workers, 1):
+            self._apply_worker(change)
+            if number % _WORKERS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if message.snapshot:
+            self._roster.omitted(self._told - {change.info.worker_id for change in message.workers})
+        await self._replica.apply(changes_from_wire(message))
+        if message.complete:
+            await self._replica.complete_snapshot()
+        self._replica.followed(position_from_wire(message), is_degraded=message.degraded)
+
+    def _apply_worker(self, change: kvstore_pb.WorkerChange) -> None:
+        info = change.info
+        if change.removed:
+            self._told.discard(info.worker_id)
+            self._replica.leave(info.worker_id)
+            self._roster.leave(info.worker_id)
+            return
+        if info.model == self._model:
+            self._replica.join(holder_from_wire(info))
+        if not is_pool(info):
+            self._told.add(info.worker_id)
+            self._roster.join(worker_from_wire(info), is_draining=change.draining)
 
 
 class StaticMembership:
@@ -93,6 +144,9 @@ class StaticMembership:
                     await backoff.wait()
                     continue
                 backoff.reset()
+                if is_pool(answer.info):
+                    log.error("a pool of blocks is not a worker; ignored", extra={"address": self._address})
+                    return
                 # The address in the settings is the one that is known to work from here.
                 answer.info.address = self._address
                 self._roster.join(worker_from_wire(answer.info))

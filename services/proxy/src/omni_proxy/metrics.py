@@ -3,6 +3,8 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+_LOOKUP = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+_DEPTH = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072, 262_144)
 _GAP = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
@@ -34,3 +36,45 @@ class Metrics:
         self.membership_age = Gauge(
             "omni_proxy_membership_age_seconds", "Since the kvstore was last heard", registry=registry
         )
+        self.prefix = PrefixMetrics(registry)
+
+
+class PrefixMetrics:
+    """The replica of the prefix index, and what its forecasts were worth."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, registry=registry)
+
+        self.blocks = gauge("omni_proxy_prefix_blocks", "Blocks in the replica")
+        self.entries = gauge("omni_proxy_prefix_entries", "Pairs of block and holder in the replica")
+        self.bytes = gauge("omni_proxy_prefix_bytes", "Memory of the replica")
+        self.age = gauge("omni_proxy_prefix_age_seconds", "Since the replica was last known to be current")
+        self.degraded = gauge("omni_proxy_prefix_degraded", "1 while the kvstore answers from memory")
+        self.marks_running = gauge("omni_proxy_prefix_marks_running", "Legs whose blocks are being computed")
+        self.evicted = counter("omni_proxy_prefix_evicted_blocks", "Blocks dropped for want of room")
+        self.snapshots = counter("omni_proxy_prefix_snapshots", "Snapshots taken over whole")
+        self.resumes = counter("omni_proxy_prefix_resumes", "Watches continued from a position")
+        self.deltas = counter("omni_proxy_prefix_deltas", "Block changes applied outside snapshots", "action")
+        self.ignored = counter("omni_proxy_prefix_ignored", "Block changes of unknown members or ended epochs")
+        self.lookup = Histogram(
+            "omni_proxy_prefix_lookup_seconds", "One prompt, all workers", buckets=_LOOKUP, registry=registry
+        )
+        self.depth = Histogram(
+            "omni_proxy_prefix_depth_tokens", "Longest prefix known of a prompt", buckets=_DEPTH, registry=registry
+        )
+        self.marks = counter("omni_proxy_prefix_marks", "Legs whose blocks were marked as expected, by end", "end")
+        self.forecasts = counter("omni_proxy_prefix_forecasts", "Cached tokens reported beside the forecast", "result")
+        self.forecast_error = counter(
+            "omni_proxy_prefix_forecast_error_tokens", "Tokens by which the forecast was wrong", "result"
+        )
+        self.keys = counter("omni_proxy_prefix_keys", "Block keys of prompts by where they came from", "source")
+
+    def compare(self, predicted: int, reported: int) -> None:
+        """`less`: the engine had fewer tokens cached than the replica said."""
+        result = "exact" if reported == predicted else "less" if reported < predicted else "more"
+        self.forecasts.labels(result).inc()
+        self.forecast_error.labels(result).inc(abs(reported - predicted))

@@ -66,17 +66,6 @@ class CompletionRequest:
     add_special_tokens: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizeRequest:
-    """Either `prompt` or `messages`."""
-
-    prompt: str | None
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]]
-    template: Mapping[str, Any]
-    add_special_tokens: bool
-
-
 def parse_json(body: bytes) -> Fields:
     """Raises `InvalidRequest` unless the body is a JSON object in UTF-8."""
     try:
@@ -104,7 +93,7 @@ def parse_chat(fields: Fields, served: Served) -> ChatRequest:
         messages=chat_messages(fields),
         tools=tools,
         parses_tool_calls=bool(tools) and choice != "none",
-        template=_template_variables(fields),
+        template=template_variables(fields),
     )
 
 
@@ -123,29 +112,6 @@ def parse_completion(fields: Fields, served: Served) -> CompletionRequest:
     if best_of is not None and best_of != options.n:
         raise fields.refuse("best_of", "is only supported equal to n", "unsupported_value")
     return CompletionRequest(options, prompts, echo, fields.boolean("add_special_tokens", True))
-
-
-def parse_tokenize(fields: Fields, served: Served) -> TokenizeRequest:
-    check_model(fields, served, required=False)
-    prompt = fields.text("prompt")
-    has_messages = fields.raw("messages") is not None
-    if (prompt is None) == (not has_messages):
-        raise fields.refuse("prompt", "give exactly one of prompt and messages", "missing_parameter")
-    return TokenizeRequest(
-        prompt=prompt,
-        messages=chat_messages(fields) if has_messages else (),
-        tools=tool_definitions(fields),
-        template=_template_variables(fields),
-        add_special_tokens=fields.boolean("add_special_tokens", prompt is not None),
-    )
-
-
-def parse_detokenize(fields: Fields, served: Served) -> Sequence[int]:
-    check_model(fields, served, required=False)
-    tokens = fields.items("tokens")
-    if fields.raw("tokens") is None:
-        raise fields.refuse("tokens", "is required", "missing_parameter")
-    return _token_ids(fields, "tokens", tokens, served.vocab_size)
 
 
 def check_model(fields: Fields, served: Served, *, required: bool = True) -> None:
@@ -203,7 +169,7 @@ def _sampling(fields: Fields, served: Served, logprobs: int | None) -> Sampling:
         frequency_penalty=number("frequency_penalty", 0.0, -2, 2),
         repetition_penalty=number("repetition_penalty", 1.0, 0, None),
         seed=fields.integer("seed", -_INT64, _INT64 - 1),
-        stop_token_ids=tuple(_token_ids(fields, "stop_token_ids", fields.items("stop_token_ids"), served.vocab_size)),
+        stop_token_ids=tuple(token_ids(fields, "stop_token_ids", fields.items("stop_token_ids"), served.vocab_size)),
         ignore_eos=fields.boolean("ignore_eos"),
         logprobs=logprobs,
         logit_bias=_logit_bias(fields, served.vocab_size),
@@ -263,11 +229,11 @@ def _prompts(fields: Fields, vocab_size: int) -> list[str | Sequence[int]]:
     if not value:
         raise fields.refuse("prompt", "must not be empty")
     if isinstance(value[0], int):
-        return [_token_ids(fields, "prompt", value, vocab_size)]
+        return [token_ids(fields, "prompt", value, vocab_size)]
     prompts: list[str | Sequence[int]] = []
     for index, prompt in enumerate(value):
         if isinstance(prompt, list) and prompt:
-            prompts.append(_token_ids(fields, f"prompt[{index}]", prompt, vocab_size))
+            prompts.append(token_ids(fields, f"prompt[{index}]", prompt, vocab_size))
         elif isinstance(prompt, str):
             prompts.append(prompt)
         else:
@@ -275,7 +241,8 @@ def _prompts(fields: Fields, vocab_size: int) -> list[str | Sequence[int]]:
     return prompts
 
 
-def _token_ids(fields: Fields, name: str, values: list[Any], vocab_size: int) -> Sequence[int]:
+def token_ids(fields: Fields, name: str, values: list[Any], vocab_size: int) -> Sequence[int]:
+    """The values, if they are ids of the vocabulary."""
     if not all(type(value) is int for value in values):
         raise fields.refuse(name, "token ids must be integers", "invalid_type")
     if values and (min(values) < 0 or max(values) >= vocab_size):
@@ -283,7 +250,8 @@ def _token_ids(fields: Fields, name: str, values: list[Any], vocab_size: int) ->
     return values
 
 
-def _template_variables(fields: Fields) -> Mapping[str, Any]:
+def template_variables(fields: Fields) -> Mapping[str, Any]:
+    """What a chat template sees besides messages and tools."""
     add = fields.boolean("add_generation_prompt", True)
     continued = fields.boolean("continue_final_message")
     if continued and add and fields.raw("add_generation_prompt") is not None:

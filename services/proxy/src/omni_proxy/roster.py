@@ -51,10 +51,11 @@ class Roster:
         task.add_done_callback(self._retiring.discard)
         log.info("worker left", extra={"worker": worker_id})
 
-    def keep_only(self, worker_ids: Collection[str]) -> None:
-        """A snapshot omits the others. Those that still answer stay: a store that was emptied fills again."""
-        for worker_id, (link, _) in list(self._links.items()):
-            if worker_id not in worker_ids and not link.member.is_reachable:
+    def omitted(self, worker_ids: Collection[str]) -> None:
+        """A snapshot knows these no more. Those that still answer stay: a store that was emptied fills again."""
+        for worker_id in worker_ids:
+            known = self._links.get(worker_id)
+            if known is not None and not known[0].member.is_reachable:
                 self.leave(worker_id)
 
     async def __aenter__(self) -> "Roster":

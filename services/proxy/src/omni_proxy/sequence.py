@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from omni_proxy.fleet import Fleet
 from omni_proxy.metrics import Metrics
 from omni_proxy.ports import FinishReason, LogprobRow
+from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.sampling import Sampling
 from omni_proxy.scheduling.policy import Policy
 from omni_proxy.tracing import Attribute
@@ -28,6 +29,7 @@ class Scheduler:
     metrics: Metrics
     model: str
     limits: Limits
+    keys: PromptKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class SequenceRecord:
     """What happened, for spans, metrics and usage."""
 
     cached_tokens: int = 0
+    predicted_cached_tokens: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
     decision: str = ""
@@ -67,6 +70,7 @@ class SequenceRecord:
     def attributes(self) -> dict[str, Attribute]:
         return {
             "omni.cached_tokens": self.cached_tokens,
+            "omni.predicted_cached_tokens": self.predicted_cached_tokens,
             "omni.prefill_worker_id": self.prefill_worker,
             "omni.decode_worker_id": self.decode_worker,
             "omni.decision": self.decision,

@@ -21,12 +21,22 @@ class Settings(ServiceSettings):
     generation_defaults: Literal["model", "none"] = Field(
         "model", description="Take temperature, top_p, top_k, ... defaults from generation_config.json or not"
     )
-    kvstore: str | None = Field(None, description="host:port of the kvstore whose members are used")
+    kvstore: tuple[str, ...] = Field(
+        (), description="host:port of the kvstore whose members are used; several, with commas, are tried in turn"
+    )
     workers: tuple[str, ...] = Field((), description="host:port of workers that are always members")
 
     policy: str = "least_uncached_tokens"
     disaggregate_min_tokens: int = Field(0, ge=0, description="Uncached prompt tokens from which prefill is apart")
-    history_blocks: int = Field(65_536, ge=1, description="Block keys remembered per worker")
+    index_blocks: int = Field(4_194_304, ge=1, description="Blocks the prefix index holds; the least used go first")
+    expected_ttl_s: float = Field(
+        2.0, gt=0, description="How long a computed prompt counts as cached before the worker's own word arrives"
+    )
+    key_cache_bytes: int = Field(64 * 1024 * 1024, ge=0, description="Memory for block keys of earlier prompts")
+    # A block of 16 tokens of an 8B model is about 2 MiB; over 20 GB/s, 3 GB/s and 12 Gb/s.
+    host_ms_per_block: float = Field(0.1, ge=0, description="Loading a block from the worker's own host memory")
+    disk_ms_per_block: float = Field(0.7, ge=0, description="Loading a block from the worker's own disk")
+    remote_ms_per_block: float = Field(1.4, ge=0, description="Loading a block the worker keeps elsewhere")
 
     request_timeout_s: float = Field(600.0, gt=0)
     resume_timeout_s: float = Field(
@@ -39,6 +49,13 @@ class Settings(ServiceSettings):
     max_inflight: int = Field(1024, ge=1, description="Sequences in flight; more are answered 429")
     max_sequences_per_request: int = Field(128, ge=1, description="prompts x n of one request")
     stats_interval_ms: int = Field(50, ge=1)
+
+    @field_validator("kvstore", mode="before")
+    @classmethod
+    def _addresses(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return () if value is None else value
 
     @field_validator("policy")
     @classmethod

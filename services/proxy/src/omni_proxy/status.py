@@ -42,6 +42,7 @@ class StatusPages:
             self.metrics_of.workers.labels(role).set(sum(m.worker.role is role for m in usable))
         if self.kvstore is not None and (age := self.kvstore.age_s) is not None:
             self.metrics_of.membership_age.set(age)
+        self.fleet.replica.observe()
         return Response(generate_latest(self.metrics_of.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def workers(self, request: Request) -> Response:
@@ -70,7 +71,7 @@ class StatusPages:
         state = "unreachable"
         if self.kvstore.is_connected:
             state = "degraded" if self.kvstore.is_degraded else "ok"
-        return {"state": state, "age_s": self.kvstore.age_s}
+        return {"state": state, "age_s": self.kvstore.age_s, "replica_age_s": self.fleet.replica.age_s}
 
 
 def _json(body: object, status: int = 200) -> Response:

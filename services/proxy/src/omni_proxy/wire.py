@@ -1,8 +1,11 @@
 """Contract messages <-> the proxy's values."""
 
+from collections.abc import Iterator
+
 from omni.decode.v1 import decode_service_pb2 as decode_pb
 from omni.engine.v1 import engine_pb2, worker_service_pb2
 from omni.kv.v1 import kv_pb2
+from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.prefill.v1 import prefill_service_pb2 as prefill_pb
 from omni_proxy.fleet import Load, Role, Worker
 from omni_proxy.ports import (
@@ -15,7 +18,9 @@ from omni_proxy.ports import (
     Submission,
     Timings,
 )
+from omni_proxy.replica import Action, BlockChange, Holder, Position
 from omni_proxy.sampling import Sampling
+from omni_proxy.scheduling.forecast import LoadCost
 
 _FINISH = {
     engine_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -23,6 +28,13 @@ _FINISH = {
     engine_pb2.FINISH_REASON_ABORT: FinishReason.ABORT,
     engine_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
 }
+_ACTIONS = {
+    kvstore_pb.BLOCK_ACTION_STORED: Action.STORED,
+    kvstore_pb.BLOCK_ACTION_REMOVED: Action.REMOVED,
+    kvstore_pb.BLOCK_ACTION_CLEARED: Action.CLEARED,
+}
+_POOL_MEDIA = (kv_pb2.MEDIUM_HOST, kv_pb2.MEDIUM_DISK, kv_pb2.MEDIUM_REMOTE)
+_MEDIA = (kv_pb2.MEDIUM_HBM, *_POOL_MEDIA)
 _ROLES = {
     engine_pb2.ROLE_PREFILL: Role.PREFILL,
     engine_pb2.ROLE_DECODE: Role.DECODE,
@@ -113,6 +125,39 @@ def worker_from_wire(info: engine_pb2.WorkerInfo) -> Worker:
         kv_connector=info.kv_connector,
         engine=info.engine,
     )
+
+
+def is_pool(info: engine_pb2.WorkerInfo) -> bool:
+    """A place to load blocks from, which takes no work."""
+    return info.role == engine_pb2.ROLE_STORE
+
+
+def holder_from_wire(info: engine_pb2.WorkerInfo) -> Holder:
+    if not is_pool(info):
+        return Holder(info.worker_id, info.epoch)
+    cost = LoadCost(info.pool.latency_ms, info.pool.ms_per_block)
+    medium = info.pool.medium if info.pool.medium in _POOL_MEDIA else kv_pb2.MEDIUM_REMOTE
+    return Holder(info.worker_id, info.epoch, medium, cost)
+
+
+def changes_from_wire(message: kvstore_pb.WatchResponse) -> Iterator[BlockChange]:
+    """Changes of an action or a medium this version does not know are left out."""
+    for change in message.blocks:
+        event, action = change.event, _ACTIONS.get(change.event.action)
+        if action is Action.CLEARED or (action is not None and event.medium in _MEDIA):
+            yield BlockChange(
+                change.worker_id, change.epoch, action, event.medium, event.block_keys, list(event.positions)
+            )
+
+
+def position_from_wire(message: kvstore_pb.WatchResponse) -> Position | None:
+    if not message.HasField("position"):
+        return None
+    return Position(message.position.dataset, message.position.event)
+
+
+def position_to_wire(position: Position | None) -> kvstore_pb.WatchPosition | None:
+    return None if position is None else kvstore_pb.WatchPosition(dataset=position.dataset, event=position.event)
 
 
 def load_from_wire(message: worker_service_pb2.WatchStatsResponse) -> Load:

@@ -12,13 +12,20 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One worker that takes work, as seen at the moment of the choice."""
+    """One worker that takes work, as seen at the moment of the choice.
+
+    `cached_tokens` are in its hbm or on the way there; `expected_tokens` of them are being computed for a request of
+    the same prefix. `loadable_tokens` follow them and could be loaded from a slower tier or a pool in `load_ms`.
+    """
 
     worker_id: str
     prefills: bool
     decodes: bool
     kv_connector: str = ""
     cached_tokens: int = 0
+    expected_tokens: int = 0
+    loadable_tokens: int = 0
+    load_ms: float = 0.0
     own_requests: int = 0
     own_uncached_tokens: int = 0
     dispatched: int = 0
@@ -76,11 +83,25 @@ CostOf = Callable[[SchedulingRequest, Candidate], Cost]
 
 
 def uncached_tokens_in_flight(request: SchedulingRequest, candidate: Candidate) -> Cost:
-    """Prompt tokens the worker has to compute before this request's first token."""
+    """Prompt tokens the worker has to compute before this request's first token, then those it could load.
+
+    Of the tokens ahead, the expected ones do not count: they are this prompt's own prefix, and any other worker would
+    compute as many for it. So a burst of one prompt follows the first of it until other work ahead outweighs that.
+    """
     own = max(0, request.prompt_tokens - candidate.cached_tokens)
     # The worker's account holds this proxy's share too, some milliseconds late: the larger one is nearer.
     ahead = max(candidate.own_uncached_tokens, candidate.queued_tokens)
-    return Cost((own + ahead, candidate.own_requests, candidate.dispatched), {"own": own, "ahead": ahead})
+    wait = own + max(0, ahead - candidate.expected_tokens)
+    return Cost(
+        (wait, -candidate.loadable_tokens, candidate.load_ms, candidate.own_requests, candidate.dispatched),
+        {
+            "own": own,
+            "ahead": ahead,
+            "expected": candidate.expected_tokens,
+            "loadable": candidate.loadable_tokens,
+            "load_ms": candidate.load_ms,
+        },
+    )
 
 
 def running_sequences(request: SchedulingRequest, candidate: Candidate) -> Cost:
