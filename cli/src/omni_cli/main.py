@@ -17,9 +17,10 @@ from omni_cli import __version__, doctor, logfiles, report
 from omni_cli.chat import Answer, ChatClient
 from omni_cli.errors import CliError, InvalidOptions, NoSuchStack
 from omni_cli.facts import probe_facts
+from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
+from omni_cli.options import Home, Name, Port, chosen, examples, files_of
 from omni_cli.plan import StackOptions
-from omni_cli.state import StackState, StateFiles
 from omni_cli.status import read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
 
@@ -35,38 +36,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Home = Annotated[
-    Path | None,
-    typer.Option(envvar="OMNI_CLI_HOME", help="Where state and logs lie.", show_default="<checkout>/.omni"),
-]
-Name = Annotated[str | None, typer.Option(help="The stack's name.", show_default="p<port>, or the only stack")]
-Port = Annotated[int | None, typer.Option(help="The stack by its port.")]
-
-
-def _examples(*lines: str, exit_codes: str = "") -> str:
-    head = f"Exit code: {exit_codes}.\n\n" if exit_codes else ""
-    return head + "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
-
-
-def _files(home: Path | None) -> StateFiles:
-    return StateFiles((home or find_root(Path.cwd()) / ".omni").resolve())
-
-
-def _chosen(files: StateFiles, name: str | None, port: int | None) -> StackState:
-    """The stack meant by --name or --port, or the only one there is."""
-    if name is not None:
-        return files.load(name)
-    states = list(files.all())
-    if port is not None:
-        states = [state for state in states if state.url.endswith(f":{port}")]
-    if len(states) == 1:
-        return states[0]
-    known = ", ".join(state.name for state in files.all()) or "none"
-    raise NoSuchStack(f"say which stack with --name or --port (known: {known})")
+app.add_typer(kv_app, name="kv")
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "omni up",
         "omni up --engine sim --prefill 2 --decode 4 --port 8100 --detach",
         "omni up --redis redis://cache:6379 --otlp http://collector:4317 --model ~/models/Qwen3-30B-A3B",
@@ -97,7 +71,7 @@ def up(
     meanwhile is started again. Several stacks run side by side under different --port. Engines get cores of their
     own where there are enough. Settings of single services come from the environment (OMNI_PROXY_MAX_INFLIGHT=64).
     """
-    root, files = find_root(Path.cwd()), _files(home)
+    root, files = find_root(Path.cwd()), files_of(home)
     stack_name = name or f"p{port}"
     options = StackOptions(
         name=stack_name, directory=files.directory(stack_name), model_dir=(model or root / DEFAULT_MODEL).resolve(),
@@ -108,7 +82,7 @@ def up(
     asyncio.run(bring_up(options, bringup, files, root, os.environ, Console()))
 
 
-@app.command(epilog=_examples("omni down", "omni down --port 8100", "omni down --all"))
+@app.command(epilog=examples("omni down", "omni down --port 8100", "omni down --all"))
 def down(
     name: Name = None,
     port: Port = None,
@@ -120,8 +94,8 @@ def down(
 
     Only processes the stack started are touched: they are known by pid and start time.
     """
-    files, console = _files(home), Console()
-    states = list(files.all()) if every else [_chosen(files, name, port)]
+    files, console = files_of(home), Console()
+    states = list(files.all()) if every else [chosen(files, name, port)]
     if not states:
         console.print("no stack is recorded")
     for state in states:
@@ -130,9 +104,7 @@ def down(
 
 
 @app.command(
-    epilog=_examples(
-        "omni status", "omni status --json | jq .stacks", exit_codes="0 all healthy, 3 not, 4 nothing runs"
-    )
+    epilog=examples("omni status", "omni status --json | jq .stacks", exit_codes="0 all healthy, 3 not, 4 nothing runs")
 )
 def status(
     name: Name = None,
@@ -141,8 +113,8 @@ def status(
     home: Home = None,
 ) -> None:
     """Services, their health and ports, and the workers the proxy sees, for every stack or one."""
-    files = _files(home)
-    states = [_chosen(files, name, port)] if name is not None or port is not None else list(files.all())
+    files = files_of(home)
+    states = [chosen(files, name, port)] if name is not None or port is not None else list(files.all())
     stacks = asyncio.run(read_all(states))
     if as_json:
         print(json.dumps({"stacks": [stack.to_json() for stack in stacks]}, indent=2))
@@ -155,7 +127,7 @@ def status(
 
 
 @app.command(
-    epilog=_examples("omni chat", "omni chat 'What is a mixture of experts?'", "omni chat --system 'Answer in rhymes.'")
+    epilog=examples("omni chat", "omni chat 'What is a mixture of experts?'", "omni chat --system 'Answer in rhymes.'")
 )
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="One question; left out: a conversation.")] = None,
@@ -167,7 +139,7 @@ def chat(
     home: Home = None,
 ) -> None:
     """Talk to a stack; answers stream. Ctrl-D or an empty line ends a conversation."""
-    client = ChatClient(url or _chosen(_files(home), name, None).url)
+    client = ChatClient(url or chosen(files_of(home), name, None).url)
     messages = [{"role": "system", "content": system}] if system else []
     try:
         model = client.model()
@@ -194,7 +166,7 @@ def _read_question() -> str:
 
 @app.command(
     "doctor",
-    epilog=_examples("omni doctor", "omni doctor --redis redis://cache:6379 --json", exit_codes="1 if a check fails"),
+    epilog=examples("omni doctor", "omni doctor --redis redis://cache:6379 --json", exit_codes="1 if a check fails"),
 )
 def doctor_command(
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="models/tiny-moe")] = None,
@@ -212,7 +184,7 @@ def doctor_command(
     raise typer.Exit(1 if doctor.has_failed(checks) else 0)
 
 
-@app.command(epilog=_examples("omni logs", "omni logs decode-0 -f", "omni logs proxy --lines 200"))
+@app.command(epilog=examples("omni logs", "omni logs decode-0 -f", "omni logs proxy --lines 200"))
 def logs(
     service: Annotated[str | None, typer.Argument(help="proxy, prefill-0, ...; left out: all of them.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
@@ -222,14 +194,14 @@ def logs(
     home: Home = None,
 ) -> None:
     """Show the logs of a stack's services, made readable. They stay after the stack has stopped (--name)."""
-    files = _files(home)
-    stack = name if name is not None else _chosen(files, None, port).name
+    files = files_of(home)
+    stack = name if name is not None else chosen(files, None, port).name
     paths = {path.stem: path for path in sorted(files.logs(stack).glob("*.log"))}
     if service is not None and service not in paths:
         raise InvalidOptions(f"no log of {service!r} in stack {stack!r} (there are: {', '.join(paths) or 'none'})")
-    chosen = {service: paths[service]} if service is not None else paths
-    followers = {key: logfiles.Follower(path) for key, path in chosen.items()}
-    for key, path in chosen.items():
+    shown = {service: paths[service]} if service is not None else paths
+    followers = {key: logfiles.Follower(path) for key, path in shown.items()}
+    for key, path in shown.items():
         for line in logfiles.tail(path, lines):
             print(f"{key:<12} {line}")
     while follow:
