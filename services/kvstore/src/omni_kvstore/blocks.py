@@ -90,10 +90,13 @@ class Match:
 
 def pack_positions(positions: "Sequence[int] | npt.NDArray[np.uint32]") -> bytes:
     """32-bit big-endian."""
+    if len(positions) == 1:
+        return int(positions[0]).to_bytes(POSITION_BYTES, "big")
     return np.asarray(positions, dtype=">u4").tobytes()
 
 
 def unpack_positions(positions: bytes) -> npt.NDArray[np.uint32]:
+    """The reverse of `pack_positions`."""
     return np.frombuffer(positions, dtype=">u4").astype(np.uint32)
 
 
@@ -102,6 +105,10 @@ def parts_of(batch: Batch, max_blocks: int) -> list[tuple[BlockEvent, ...]]:
     parts: list[list[BlockEvent]] = [[]]
     room = max_blocks
     for event in batch.events:
+        if len(event) <= room and len(parts[-1]) < _MAX_PART_EVENTS:
+            parts[-1].append(event)
+            room -= len(event)
+            continue
         for start, stop in _pieces(len(event), room, max_blocks):
             if room == 0 or len(parts[-1]) == _MAX_PART_EVENTS:
                 parts.append([])

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -64,8 +65,11 @@ class KvStoreServicer(KvStoreServiceServicer):
         outcome = "gap" if is_gap else "snapshot" if batch.snapshot else "applied"
         self._metrics.batches.labels(outcome).inc()
         if not is_gap:
+            counts = Counter[str]()
             for event in batch.events:
-                self._metrics.blocks.labels(event.action.value).inc(len(event))
+                counts[event.action.value] += len(event)
+            for action, count in counts.items():
+                self._metrics.blocks.labels(action).inc(count)
             if batch.occurred_ms:
                 self._metrics.lag_seconds.observe(max(0.0, time.time() - batch.occurred_ms / 1000))
 

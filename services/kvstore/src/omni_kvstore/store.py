@@ -123,7 +123,7 @@ class RedisStore:
             "publish",
             *(batch.worker_id, batch.epoch, batch.sequence, *map(int, flags)),
             *(limits.block_ttl_ms, limits.max_events, limits.max_blocks_per_worker, limits.max_entries),
-            *(argument for e in part for argument in (e.action.value, e.medium, e.span, e.keys, e.positions)),
+            events.packed(part),
         )
         if outcome == b"stale":
             raise FailedPrecondition(f"epoch {batch.epoch} ended; {int(value)} is in force", reason="stale_epoch")
@@ -187,8 +187,8 @@ class RedisStore:
         """All blocks of a worker in pages and in no order; may repeat some, and misses none that stay throughout."""
         run, cursor = b"", b"0"
         while True:
-            epoch, run, cursor, packed = await self._run("blocks", worker_id, run, cursor, PAGE_BLOCKS)
-            for event in events.stored_page(packed):
+            epoch, run, cursor, page = await self._run("blocks", worker_id, run, cursor, PAGE_BLOCKS)
+            for event in events.stored_page(page):
                 yield BlockChange(worker_id, int(epoch), event)
             if cursor == b"0":
                 return

@@ -1,6 +1,6 @@
--- How far each worker's prefix reaches, tier by tier. ARGV: namespace, keys, block index where each span starts is
--- a multiple of SPAN_BLOCKS. Returns worker, medium, pool, blocks, flattened; worker '' stands for every worker without
--- a row of its own. A row says: with tiers up to this one the prefix has this many blocks.
+-- How far each worker's prefix reaches, tier by tier. ARGV: namespace, keys of the prompt's blocks.
+-- Returns worker, medium, pool, blocks, flattened; worker '' stands for every worker without a row of its own.
+-- A row says: with tiers up to this one the prefix has this many blocks.
 local SPAN_BLOCKS, FIRST_READ = 1024, 32
 local namespace = redis.call('HGET', prefix .. ':namespaces', ARGV[1])
 local blocks = split(ARGV[2])
@@ -16,20 +16,32 @@ for rank, pool in ipairs(pools) do
 end
 local NONE = 9999
 
+-- Run (as it is packed) -> its worker; false where it has ended.
 local names = {}
-local function name_of(run)
-  if names[run] == nil then
-    names[run] = redis.call('HGET', prefix .. ':runs', int(run)) or false
+local function learn(holders)
+  local packed, runs = {}, {}
+  for at = 1, #holders, HOLDER_BYTES do
+    local run = string.sub(holders, at, at + 3)
+    if names[run] == nil then
+      names[run] = false
+      packed[#packed + 1] = run
+      runs[#runs + 1] = int(struct.unpack('>I4', run))
+    end
   end
-  return names[run]
+  each_chunk(runs, function(first, last)
+    local found = redis.call('HMGET', prefix .. ':runs', unpack(runs, first, last))
+    for i = first, last do
+      names[packed[i]] = found[i - first + 1]
+    end
+  end)
 end
 
 -- Workers -> tier of their own copy, and the nearest pool's tier, of a packed list of holders.
 local function read_holders(holders)
   local own, shared = {}, NONE
+  learn(holders)
   for at = 1, #holders, HOLDER_BYTES do
-    local run, media = struct.unpack('>I4B', holders, at)
-    local name = name_of(run)
+    local name, media = names[string.sub(holders, at, at + 3)], string.byte(holders, at + 4)
     if name and pool_tier[name] then
       shared = math.min(shared, pool_tier[name])
     elseif name then
@@ -107,13 +119,24 @@ local function walk()
 end
 
 walk()
-local medium_of, name_of_tier = {}, {}
+local name_of_tier = {}
 for pool, tier in pairs(pool_tier) do
   name_of_tier[tier] = pool
 end
+-- Blocks of its own that add nothing to what pools give everyone need no rows.
+local function is_as_anyone(list)
+  local anyone = rows['']
+  for i = 1, math.max(#list, #anyone) do
+    if not (list[i] and anyone[i] and list[i][1] == anyone[i][1] and list[i][2] == anyone[i][2]) then
+      return false
+    end
+  end
+  return true
+end
+
 local result = {}
 for worker, list in pairs(rows) do
-  for _, row in ipairs(list) do
+  for _, row in ipairs(worker ~= '' and is_as_anyone(list) and {} or list) do
     result[#result + 1] = worker
     result[#result + 1] = math.floor(row[1] / 1000)
     result[#result + 1] = name_of_tier[row[1]] or ''

@@ -1,7 +1,7 @@
 -- Apply one part of a batch. ARGV: worker, epoch, sequence, replaces (the part opens a snapshot), commits (the part
--- is the batch's last), completes (the batch is a snapshot), ttl_ms, max_events, max_blocks, max_entries, then
--- (action, medium, span, keys, positions) each; positions are 4 bytes, one per key or only the first.
--- Returns {outcome, last committed sequence or epoch in force, blocks evicted}.
+-- is the batch's last), completes (the batch is a snapshot), ttl_ms, max_events, max_blocks, max_entries, events.
+-- An event is action, medium (1 byte each), number of keys and of positions (4 each), span (16), positions (4 each: one
+-- per key, or only the first), keys (16 each). Returns {outcome, last committed sequence or epoch in force, blocks evicted}.
 local worker, epoch, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local replaces, commits, completes = ARGV[4] == '1', ARGV[5] == '1', ARGV[6] == '1'
 local ttl_ms, max_events, max_blocks, max_entries = ARGV[7], ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
@@ -12,10 +12,45 @@ local run, namespace = known[2], known[4]
 local told = {}
 local CLEARED, STORED, REMOVED, EVICTED = 0, 1, 2, 3
 local NO_POSITIONS, MOST_EVICTED = string.rep('\0', 4), 2048
+-- Small events of one kind that follow each other are told as one.
+local SMALL = 16
+local open = { count = 0, keys = {}, positions = {} }
 
-local function tell(action, medium, keys, positions)
+local function tell_whole(action, medium, keys, positions)
   told[#told + 1] = int(#told / 2)
   told[#told + 1] = struct.pack('>BBI4', action, medium, #keys / KEY_BYTES) .. positions .. keys
+end
+
+local function close_open()
+  if open.count > 0 then
+    local positions = open.action == STORED and table.concat(open.positions) or NO_POSITIONS
+    tell_whole(open.action, open.medium, table.concat(open.keys), positions)
+    open = { count = 0, keys = {}, positions = {} }
+  end
+end
+
+local function each_position(positions, count)
+  if #positions == 4 * count then
+    return positions
+  end
+  local first, all = struct.unpack('>I4', positions), {}
+  for i = 1, count do
+    all[i] = struct.pack('>I4', first + i - 1)
+  end
+  return table.concat(all)
+end
+
+local function tell(action, medium, keys, positions)
+  local count = #keys / KEY_BYTES
+  if open.count > 0 and (count > SMALL or open.action ~= action or open.medium ~= medium) then
+    close_open()
+  end
+  if count > SMALL or action == CLEARED or action == EVICTED then
+    return tell_whole(action, medium, keys, positions)
+  end
+  open.action, open.medium, open.count = action, medium, open.count + 1
+  open.keys[open.count] = keys
+  open.positions[open.count] = action == STORED and each_position(positions, count) or ''
 end
 
 local function position_of(positions, i)
@@ -46,7 +81,7 @@ end
 
 local function store(medium, span, keys, positions)
   local bucket, blocks = span_key(namespace, span), split(keys)
-  local packed_run, mask = struct.pack('>I4', run), 2 ^ tonumber(medium)
+  local packed_run, mask = struct.pack('>I4', run), 2 ^ medium
   local writes = {}
   -- Neighbours mostly have the same holders: what became of the last list serves again.
   local last_before, last_after, last_is_new
@@ -82,7 +117,7 @@ end
 
 local function remove(medium, span, keys)
   flush()
-  local members = strip(namespace, span, split(keys), run, 2 ^ tonumber(medium))
+  local members = strip(namespace, span, split(keys), run, 2 ^ medium)
   for i, block in ipairs(members) do
     members[i] = span .. block
   end
@@ -123,12 +158,19 @@ elseif sequence ~= tonumber(known[3]) + 1 then
   return {'gap', known[3], 0}
 end
 
-for i = 11, #ARGV, 5 do
-  local action, medium, span, keys, positions = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
-  if action == 'cleared' then
+local packed, at = ARGV[11], 1
+while at <= #packed do
+  local action, medium, num_keys, num_positions = struct.unpack('>BBI4I4', packed, at)
+  local span_at = at + 10
+  local positions_at = span_at + KEY_BYTES
+  local keys_at = positions_at + 4 * num_positions
+  at = keys_at + KEY_BYTES * num_keys
+  if action == CLEARED then
     clear()
-  elseif #keys > 0 then
-    if action == 'stored' then
+  elseif num_keys > 0 then
+    local span, keys = string.sub(packed, span_at, positions_at - 1), string.sub(packed, keys_at, at - 1)
+    if action == STORED then
+      local positions = string.sub(packed, positions_at, keys_at - 1)
       store(medium, span, keys, positions)
       tell(STORED, medium, keys, positions)
     else
@@ -141,6 +183,7 @@ flush()
 redis.call('PEXPIRE', held_key(run), ttl_ms)
 add_entries(grown + redis.call('ZCARD', held_key(run)))
 local evicted = evict()
+close_open()
 if #told > 0 then
   emit(max_events, 'kind', 'blocks', 'worker', worker, 'epoch', epoch, unpack(told))
 end
