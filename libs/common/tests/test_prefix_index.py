@@ -2,7 +2,6 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings

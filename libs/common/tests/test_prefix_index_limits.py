@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_common import _prefix_kernels
 from omni_common.prefix_index import DISK, HBM, HOST, PrefixIndex, warm_up
 
 
@@ -113,7 +114,7 @@ def test_bits_of_those_who_left_are_used_again() -> None:
             assert index.lookup(keys).of(worker)[-1] == 0
         index.leave(worker)
     assert index.lookup(keys).of("stays")[0] == 3_000
-    assert index.usage().bytes < 2 * before
+    assert index.usage().bytes < 1.4 * before
 
 
 prompts = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30), st.integers(1, 60)), min_size=5, max_size=80)
@@ -267,3 +268,12 @@ def test_empty_changes_and_questions() -> None:
     assert list(PrefixIndex(max_blocks=1).lookup(bytes(16)).rows()) == []
     assert [*index.held("w")] == []
     assert np.all([index.usage().entries == 0, index.usage().holder_sets == 0])
+
+
+def test_without_a_writable_folder_kernels_are_compiled_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+
+    def increased(number: int) -> int:
+        return number + 1
+
+    assert _prefix_kernels._kernel(increased)(1) == 2

@@ -2,7 +2,7 @@
 
 import asyncio
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +37,11 @@ class EngineProcess:
     def generate(self, job: DecodeJob) -> list[SequenceOutput]:
         """All outputs of a sequence, to its end."""
         outputs: list[SequenceOutput] = self.call("generate", job)
+        return outputs
+
+    def generate_all(self, jobs: Sequence[DecodeJob]) -> list[list[SequenceOutput]]:
+        """All outputs of sequences that run side by side."""
+        outputs: list[list[SequenceOutput]] = self.call("generate_all", jobs)
         return outputs
 
     def children(self) -> list[psutil.Process]:
@@ -105,13 +110,15 @@ async def _call(engine: VllmEngine, batches: list[Any], name: str, args: tuple[A
     match name:
         case "generate":
             return await _generate(engine, *args)
+        case "generate_all":
+            return await asyncio.gather(*(_generate(engine, job) for job in args[0]))
         case "submit_and_abort":
             await engine.submit(args[0], lambda outputs: None)
             return await engine.abort([args[0].request_id])
         case "stats" | "info":
             return engine.stats() if name == "stats" else engine.info
         case "events":
-            return list(batches)
+            return batches[args[0] :] if args else list(batches)
     return await getattr(engine, name)(*args)
 
 

@@ -1,70 +1,17 @@
 """Registration and block events against a scripted kvstore over real gRPC."""
 
-import asyncio
-from contextlib import asynccontextmanager
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from scripted_kvstore import kvstore
 
 from omni.engine.v1 import engine_pb2
-from omni.kvstore.v1 import kvstore_service_pb2 as wire
-from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceServicer, add_KvStoreServiceServicer_to_server
 from omni.prefill.v1.prefill_service_pb2 import PrefillRequest
 from omni_common.blocks import KEY_BYTES, block_keys, root_key
-from omni_common.rpc import Server, Servicer
 
 PROMPT = list(range(100, 170))
-
-
-class KvStore(KvStoreServiceServicer):
-    """Remembers what it was told; `told` is set at every message."""
-
-    def __init__(self, lease_s=0.3):
-        self.lease_s = lease_s
-        self.registers = []
-        self.batches = []
-        self.told = asyncio.Event()
-        self.wants_snapshot = False
-
-    async def Register(self, requests, context):
-        async for request in requests:
-            self.registers.append(request)
-            self.told.set()
-            yield wire.RegisterResponse(epoch=1, lease_s=self.lease_s, wants_snapshot=self.wants_snapshot)
-            self.wants_snapshot = False
-
-    async def PublishBlocks(self, requests, context):
-        async for request in requests:
-            self.batches.append(request)
-            self.told.set()
-        return wire.PublishBlocksResponse()
-
-    async def until(self, condition):
-        async with asyncio.timeout(10):
-            while not condition():
-                self.told.clear()
-                await self.told.wait()
-
-    def held(self):
-        """Keys of the worker, as a store applies the batches."""
-        keys = set()
-        for batch in self.batches:
-            if batch.snapshot:
-                keys.clear()
-            for event in batch.events:
-                named = {event.block_keys[i : i + KEY_BYTES] for i in range(0, len(event.block_keys), KEY_BYTES)}
-                stored = event.action == wire.BLOCK_ACTION_STORED
-                keys = keys | named if stored else keys - named
-        return keys
-
-
-@asynccontextmanager
-async def kvstore(address="127.0.0.1:0", **values):
-    servicer = KvStore(**values)
-    service = Servicer(servicer, add_KvStoreServiceServicer_to_server, "omni.kvstore.v1.KvStoreService")
-    server = Server([service])
-    servicer.port = await server.start(address)
-    try:
-        yield servicer
-    finally:
-        await server.stop(0)
 
 
 def request(name, **fields):

@@ -10,6 +10,7 @@ _LOAD = 0.75
 _LOAD_WHILE_GROWING = 0.85
 """Share of its former slots in use at which it has to be done."""
 _CACHE_LINE = 64
+_ROW_BYTES = 32
 _SPILL_SLOTS = 4096
 """Slots behind the last home slot, because probing does not wrap around."""
 
@@ -19,9 +20,9 @@ def new_rows(log2_slots: int, most_rows: int) -> Rows:
     most = 1 << max(log2_slots, int(most_rows / _LOAD).bit_length())
     spilled = _with_spill(most)
     # Aligned, or every other row would lie across two cache lines. Untouched memory costs nothing.
-    memory = np.zeros(spilled * 32 + _CACHE_LINE, np.uint8)
+    memory = np.zeros(spilled * _ROW_BYTES + _CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % _CACHE_LINE
-    memory = memory[start : start + spilled * 32]
+    memory = memory[start : start + spilled * _ROW_BYTES]
     slots = 1 << log2_slots
     meta = np.zeros(kernels.SINK + 1, np.int64)
     meta[kernels.LIMIT] = int(slots * _LOAD)
@@ -37,6 +38,7 @@ def _with_spill(slots: int) -> int:
 def start_growth(rows: Rows) -> None:
     """Double the table; `kernels.spread` has to follow, piece by piece, before LIMIT is reached."""
     slots = 1 << 64 - int(rows.meta[kernels.SHIFT])
+    assert _with_spill(2 * slots) <= len(rows.words), "more rows than the table was made for"
     rows.meta[kernels.LIMIT] = int(slots * _LOAD_WHILE_GROWING)
     rows.meta[kernels.SHIFT] -= 1
     rows.meta[kernels.EDGE] = slots
@@ -55,7 +57,7 @@ def new_sets(ids: int, words: int) -> Sets:
         bits=np.zeros((ids, words, PLANES), np.uint64),
         refs=np.zeros(ids, np.uint32),
         hashes=np.zeros(ids, np.uint64),
-        index=np.zeros(2 * ids, np.uint32),
+        by_hash=np.zeros(2 * ids, np.uint32),
         free=np.arange(ids, dtype=np.uint32)[::-1].copy(),
         meta=np.array([ids - 1], np.int64),
         draft=np.zeros((words, PLANES), np.uint64),
@@ -83,7 +85,7 @@ def widened_sets(sets: Sets, words: int) -> Sets:
 
 
 def rows_bytes(rows: Rows) -> int:
-    return int(rows.meta[kernels.END]) * rows.words.itemsize * rows.words.shape[1] + rows.meta.nbytes
+    return int(rows.meta[kernels.END]) * _ROW_BYTES + rows.meta.nbytes
 
 
 def sets_bytes(sets: Sets) -> int:

@@ -5,6 +5,9 @@ Integers that take part in unsigned arithmetic are wrapped in `np.uint64` throug
 unsigned 64-bit operands into floats.
 """
 
+# mypy: disable-error-code="assignment,arg-type,return-value,no-any-return"
+# Scalars are annotated `int`; to mypy, what comes out of an array or a cast is something else.
+
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar, cast
 
@@ -58,7 +61,7 @@ class Sets(NamedTuple):
     """Rows that name the set."""
     hashes: U64
     """Exclusive or over the set's bits, so a change of one bit is a change of one term."""
-    index: U32
+    by_hash: U32
     """Open-addressing table of ids by hash, a power of two; 0 is free."""
     free: U32
     """Stack of unused ids."""
@@ -97,7 +100,9 @@ def _lowest_bit(word: np.uint64) -> int:
 @_kernel
 def _home(rows: Rows, first: np.uint64) -> int:
     slot = np.int64((first * _GOLDEN) >> np.uint64(rows.meta[SHIFT]))
-    return slot >> 1 if slot >> 1 < rows.meta[EDGE] else slot  # type: ignore[return-value]
+    if slot >> 1 < rows.meta[EDGE]:
+        slot >>= 1
+    return slot & ~1  # two rows fill a cache line: begin with the first of them
 
 
 @_kernel
@@ -151,9 +156,7 @@ def spread(rows: Rows, num_slots: int) -> None:
     top = edge = rows.meta[EDGE]
     while rows.fields[top, SET] != 0:
         top += 1
-    edge = max(edge - num_slots, 0)
-    while edge > 0 and rows.fields[edge - 1, SET] != 0:  # a run of rows moves as a whole
-        edge -= 1
+    edge = max(edge - num_slots, 0) & ~1  # rows of one home stay together
     moved = np.empty((top - edge, 4), np.uint64)
     count = 0
     for slot in range(edge, top):
@@ -174,18 +177,18 @@ def spread(rows: Rows, num_slots: int) -> None:
 
 @_kernel
 def _unindex(sets: Sets, number: int) -> None:
-    mask = len(sets.index) - 1
+    mask = len(sets.by_hash) - 1
     hole = np.int64(sets.hashes[number]) & mask
-    while sets.index[hole] != number:
+    while sets.by_hash[hole] != number:
         hole = (hole + 1) & mask
     after = (hole + 1) & mask
-    while sets.index[after] != 0:
-        home = np.int64(sets.hashes[sets.index[after]]) & mask
+    while sets.by_hash[after] != 0:
+        home = np.int64(sets.hashes[sets.by_hash[after]]) & mask
         if ((after - home) & mask) >= ((after - hole) & mask):
-            sets.index[hole] = sets.index[after]
+            sets.by_hash[hole] = sets.by_hash[after]
             hole = after
         after = (after + 1) & mask
-    sets.index[hole] = 0
+    sets.by_hash[hole] = 0
 
 
 @_kernel
@@ -208,17 +211,17 @@ def _interned(sets: Sets, hashed: np.uint64) -> int:
             something |= sets.draft[word, plane]
     if something == _ZERO:
         return 0
-    mask = len(sets.index) - 1
+    mask = len(sets.by_hash) - 1
     at = np.int64(hashed) & mask
-    while sets.index[at] != 0:
-        number = np.int64(sets.index[at])
+    while sets.by_hash[at] != 0:
+        number = np.int64(sets.by_hash[at])
         same = sets.hashes[number] == hashed
         if same:
             for word in range(words):
                 for plane in range(PLANES):
                     same &= sets.bits[number, word, plane] == sets.draft[word, plane]
         if same:
-            return number  # type: ignore[return-value]
+            return number
         at = (at + 1) & mask
     sets.meta[0] -= 1
     number = np.int64(sets.free[sets.meta[0]])
@@ -227,8 +230,8 @@ def _interned(sets: Sets, hashed: np.uint64) -> int:
             sets.bits[number, word, plane] = sets.draft[word, plane]
     sets.refs[number] = 0
     sets.hashes[number] = hashed
-    sets.index[at] = number
-    return number  # type: ignore[return-value]
+    sets.by_hash[at] = number
+    return number
 
 
 @_kernel
@@ -288,7 +291,7 @@ def _assign(rows: Rows, sets: Sets, slot: int, old: int, new: int) -> bool:
     if old == 0:
         return False
     _release(sets, old)
-    return sets.refs[old] == 0  # type: ignore[no-any-return]
+    return sets.refs[old] == 0
 
 
 @_kernel
@@ -385,9 +388,7 @@ def expect(
 
 
 @_kernel
-def expire(
-    rows: Rows, sets: Sets, marks: Rows, keys: U64, start: int, bit: int, salt: int, serial: int
-) -> int:
+def expire(rows: Rows, sets: Sets, marks: Rows, keys: U64, start: int, bit: int, salt: int, serial: int) -> int:
     """End the marks of keys[start:] that no later `expect` refreshed. A negative `bit`: the member is gone."""
     from_set, to_set = -1, -1
     for i in range(start, len(keys)):
@@ -445,9 +446,7 @@ def _narrow(sets: Sets, number: int, block: int, tiers: I64, standing: U64, pool
 
 
 @_kernel
-def lookup(
-    rows: Rows, sets: Sets, keys: U64, tiers: I64, standing: U64, pooled: U32, depths: U32, stamp: int
-) -> int:
+def lookup(rows: Rows, sets: Sets, keys: U64, tiers: I64, standing: U64, pooled: U32, depths: U32, stamp: int) -> int:
     """Longest prefix of `keys` per member bit and tier.
 
     tiers: plane, or -1 and the bit of a pool. standing (words x tiers): the workers asked about, in every tier.
@@ -507,11 +506,11 @@ def sweep(rows: Rows, sets: Sets, start: int, stop: int, dead: U64, oldest: np.u
 
 @_kernel
 def reindex(sets: Sets) -> None:
-    """Fill an empty `index` with the ids in use."""
-    mask = len(sets.index) - 1
+    """Fill an empty `by_hash` with the ids in use."""
+    mask = len(sets.by_hash) - 1
     for number in range(1, len(sets.refs)):
         if sets.refs[number] != 0:
             at = np.int64(sets.hashes[number]) & mask
-            while sets.index[at] != 0:
+            while sets.by_hash[at] != 0:
                 at = (at + 1) & mask
-            sets.index[at] = number
+            sets.by_hash[at] = number

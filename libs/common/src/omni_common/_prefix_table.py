@@ -12,8 +12,8 @@ from omni_common import _prefix_kernels as kernels
 from omni_common._prefix_kernels import COUNT, EDGE, END, HITS, LIMIT, POSITION, SET, STAMP, U32, U64, Rows
 
 PAGE_KEYS = 65_536
-_EXPECTED_PLANE = kernels.EXPECTED
-_HELD_PLANES = [plane for plane in range(kernels.PLANES) if plane != _EXPECTED_PLANE]
+"""Most that one kernel call changes, and most of one page of `held`."""
+_HELD_PLANES = [plane for plane in range(kernels.PLANES) if plane != kernels.EXPECTED]
 
 _GENERATIONS = 256
 """Ages told apart while as many blocks pass as the table may hold."""
@@ -22,8 +22,11 @@ _SLACK = 16
 _PIECEWISE_FROM = 1 << 16
 """Tables of fewer blocks evict only when full, and at once."""
 _SWEEP_SLOTS = 512
+"""At least this many per change."""
 _SPREAD_SLOTS = 512
+"""At least this many per change."""
 _SPREAD_SLOTS_PER_KEY = 16
+"""Growth begins at 75% load and has to be over at 85%: ten would do."""
 _SAMPLE_SLOTS = 1 << 15
 _SCAN_SLOTS = 1 << 18
 
@@ -51,8 +54,7 @@ class BlockTable:
         slack = max_blocks // _SLACK
         self._evict_above = max_blocks - slack if piecewise else max_blocks
         self._evict_to = max_blocks - 3 * slack if piecewise else max_blocks - slack
-        self._slack = max(1, slack)
-        self._rows = arrays.new_rows(10, max_blocks + PAGE_KEYS)
+        self._rows = arrays.new_rows(10, max_blocks + max(PAGE_KEYS, max_marks))
         self._marks = arrays.new_rows(6, 2 * max_marks)
         self._sets = arrays.new_sets(64, 1)
         self._touched = 0
@@ -117,9 +119,7 @@ class BlockTable:
         stamp, done = self._stamp(len(keys)), 0
         marked = np.zeros((len(keys) + 1, 2), np.uint64)
         while done < len(keys):
-            done = kernels.expect(
-                self._rows, self._sets, self._marks, keys, done, bit, salt, serial, stamp, marked
-            )
+            done = kernels.expect(self._rows, self._sets, self._marks, keys, done, bit, salt, serial, stamp, marked)
             if done < len(keys):
                 self._grow()
         self.maintain(len(keys))
@@ -157,24 +157,29 @@ class BlockTable:
         arrays.go_on_growing(table, num_slots)
         if table is self._rows:
             self._growths += 1
-            if self._sweep_at >= 0:  # rows have moved up
+            if self._sweep_at >= 0:  # rows have moved up, perhaps past it
                 self._sweep_at = int(table.meta[END]) - 1
 
     # Upkeep
 
     def maintain(self, num_keys: int) -> None:
         """After a change by `num_keys`: pieces of growing and sweeping, large enough that both end in time."""
-        rows = self._rows.meta.data
-        if not (self._num_dead or rows[EDGE] or self._marks.meta.data[EDGE] or rows[COUNT] > self._evict_above):
+        rows, marks = self._rows.meta.data, self._marks.meta.data
+        sweeping = self._sweep_at >= 0 or self._num_dead > 0 or rows[COUNT] > self._evict_above
+        if not (sweeping or rows[EDGE] or marks[EDGE]):
             return
         for table in (self._rows, self._marks):
             if table.meta[EDGE] > 0:
                 self._spread(table, _SPREAD_SLOTS + num_keys * _SPREAD_SLOTS_PER_KEY)
-        evicting = self._sweep_at >= 0 and self._sweep_oldest < kernels.NEVER
+        if not sweeping:
+            return
+        evicting = self._sweep_oldest < kernels.NEVER
         if self._sweep_at < 0 or (rows[COUNT] > self._evict_above and not evicting):
             self._begin_sweep()
-        per_key = self._sweep_at // max(1, self._max_blocks - rows[COUNT]) if self._sweep_oldest < kernels.NEVER else 0
-        self._advance_sweep(_SWEEP_SLOTS + num_keys * (per_key + 1))
+        per_key = 1
+        if self._sweep_oldest < kernels.NEVER:  # done before the table is full
+            per_key += self._sweep_at // max(1, self._max_blocks - rows[COUNT])
+        self._advance_sweep(_SWEEP_SLOTS + num_keys * per_key)
         while rows[COUNT] > self._max_blocks:
             self._finish_sweep()
 
@@ -188,12 +193,12 @@ class BlockTable:
 
     def _age_to_evict(self) -> int:
         """Least age, as the kernel counts it, of the blocks that are one too many, judged by a sample of slots."""
-        slots = self._rows.fields[: int(self._rows.meta[END])]
-        slots = slots[:: len(slots) // _SAMPLE_SLOTS + 1]
+        count, end = int(self._rows.meta[COUNT]), int(self._rows.meta[END])
+        every = end // _SAMPLE_SLOTS + 1 if count > _SAMPLE_SLOTS else 1
+        slots = self._rows.fields[:end:every]
         slots = slots[slots[:, SET] != 0]
         ages = (np.uint32(self._sweep_stamp) - slots[:, STAMP]).astype(np.uint64) << np.uint64(32)
         ages |= slots[:, POSITION]
-        count = int(self._rows.meta[COUNT])
         kept = len(ages) * self._evict_to // count
         return int(np.partition(ages, kept)[kept])
 
@@ -236,17 +241,18 @@ class BlockTable:
         return walked, pooled.tolist(), depths
 
     def held(self, bit: int, plane: int) -> Iterator[tuple[bytes, U32]]:
-        """Keys and positions in pages. Blocks held from the first page to the last are in one; changes may repeat some."""
+        """Keys and positions in pages, a stretch of slots at a time as it is then. Rows moving up begin it anew."""
         rows, growths, stop = self._rows, self._growths, int(self._rows.meta[END])
         while stop > 0:
             start = max(0, stop - _SCAN_SLOTS)
-            holds = self._sets.bits[:, bit >> 6, plane] & _mask(bit) != 0
+            holds = np.asarray(self._sets.bits[:, bit >> 6, plane] & _mask(bit) != 0)
             here = start + np.flatnonzero(holds[rows.fields[start:stop, SET]])
+            keys, positions = rows.words[here, :2], rows.fields[here, POSITION]
             for begin in range(0, len(here), PAGE_KEYS):
-                page = here[begin : begin + PAGE_KEYS]
-                yield rows.words[page, :2].tobytes(), rows.fields[page, POSITION].copy()
+                page = slice(begin, begin + PAGE_KEYS)
+                yield keys[page].tobytes(), positions[page]
             stop = start
-            if growths != self._growths:  # rows have moved up
+            if growths != self._growths:
                 growths, stop = self._growths, int(rows.meta[END])
 
     def counts(self) -> Counts:
@@ -263,11 +269,12 @@ class BlockTable:
 
     def hottest(self, limit: int) -> list[HotRow]:
         """Blocks on which most lookups ended, among those somebody holds."""
-        live = (self._sets.bits & self._alive[:, np.newaxis]).any(axis=(1, 2))
+        live = np.any(self._sets.bits & self._alive[:, np.newaxis], axis=(1, 2))
         best = np.zeros(0, np.int64)
         for start in range(0, int(self._rows.meta[END]), _SCAN_SLOTS):
             fields = self._rows.fields[start : start + _SCAN_SLOTS]
-            best = np.concatenate([best, start + np.flatnonzero(live[fields[:, SET]] & (fields[:, HITS] != 0))])
+            hit = np.flatnonzero(live.take(fields[:, SET]) & (fields[:, HITS] != 0))
+            best = np.concatenate([best, start + hit])
             best = best[np.argsort(-self._rows.fields[best, HITS].astype(np.int64), kind="stable")[:limit]]
         return [self._hot_row(slot) for slot in best.tolist()]
 

@@ -5,10 +5,12 @@ whether the same prefix was seen before; its block keys are then taken from memo
 share a beginning share its chunks, whoever sends them.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from omni_common.blocks import KEY_BYTES, BlockChain
@@ -32,11 +34,11 @@ class KeyCache:
         self.reused_blocks = 0
         """Since the start, taken from memory."""
 
-    def keys(self, token_ids: Sequence[int], block_size: int, root: bytes) -> bytes:
+    def keys(self, token_ids: Sequence[int] | npt.NDArray[np.uint32], block_size: int, root: bytes) -> bytes:
         """What `block_keys` gives. Arrays of uint32 are read as they are; other sequences are converted first."""
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}")
-        tokens = np.ascontiguousarray(token_ids, dtype="<u4")
+        tokens = _as_array(token_ids)
         size = CHUNK_BLOCKS * block_size
         digest = root + block_size.to_bytes(4, "little")
         parts: list[bytes] = []
@@ -58,8 +60,8 @@ class KeyCache:
         self._use(seen)
         return b"".join(parts)
 
-    def _hashed(self, tokens: Sequence[int], block_size: int, last: bytes) -> bytes:
-        keys = BlockChain(last, block_size).extend(tokens)
+    def _hashed(self, tokens: npt.NDArray[np.uint32], block_size: int, last: bytes) -> bytes:
+        keys = BlockChain(last, block_size).extend(tokens.data)
         self.hashed_blocks += len(keys) // KEY_BYTES
         return keys
 
@@ -73,3 +75,9 @@ class KeyCache:
         while self.bytes > self._max_bytes:
             _, keys = self._chunks.popitem(last=False)
             self.bytes -= _ENTRY_BYTES + len(keys)
+
+
+def _as_array(token_ids: Sequence[int] | npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    if not isinstance(token_ids, np.ndarray):
+        token_ids = np.frombuffer(array("I", token_ids), np.uint32)  # a third of the time numpy takes for a list
+    return np.ascontiguousarray(token_ids, dtype="<u4")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from omni_common._prefix_kernels import EXPECTED, U32, U64
 from omni_common._prefix_table import BlockTable
@@ -216,8 +215,9 @@ class PrefixIndex:
     def held(self, member: str) -> Iterator[tuple[int, bytes, U32]]:
         """Medium, keys and positions of what the member holds, in no order, in pages of at most 65,536 keys.
 
-        Between pages the index may change: what is held all the while is told, some of it perhaps twice.
-        Raises KeyError for a member that never joined; ends early when the member leaves or is cleared.
+        Between pages the index may change: what is held all the while is told, some of it perhaps twice; what came
+        or went meanwhile may be told or not. Ends early when the member leaves or is cleared.
+        Raises KeyError for one that never joined.
         """
         known = self._members[member]
         for medium, plane in _PLANES.items():

@@ -148,7 +148,10 @@ StepSink = Callable[[list[SequenceOutput]], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is; constant while it lives. Counts are in tokens and blocks."""
+    """What an engine is; constant while it lives. Counts are in tokens and blocks.
+
+    A prefix block is held when all `num_block_groups` groups of layers hold it.
+    """
 
     model: str
     engine: str
@@ -162,6 +165,7 @@ class EngineInfo:
     max_num_batched_tokens: int
     num_moe_layers: int = 0
     num_experts: int = 0
+    num_block_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +184,11 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """Blocks that now hold `token_ids`, following the block named `parent` (None: start of a prompt).
+    """One more copy of each block, holding `token_ids`, following the block named `parent` (None: start of a prompt).
 
-    Hashes are the engine's own; the relay translates them to block keys.
+    Hashes are the engine's own; the relay translates them to block keys. Without `token_ids` the engine does not tell
+    what the blocks hold: only those it told of before have a key. `extras` are as in `omni_common.blocks`, one for
+    each block, or none at all. `group` numbers the groups of layers a prefix needs, from 0; each reports for itself.
     """
 
     block_hashes: Sequence[bytes]
@@ -192,12 +198,17 @@ class BlocksStored:
     medium: Medium = Medium.HBM
     cache_salt: str = ""
     adapter: str = ""
+    extras: Sequence[bytes] = ()
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
+    """One copy less of each block. An engine may hold a block several times; the last copy's end ends the block."""
+
     block_hashes: Sequence[bytes]
     medium: Medium = Medium.HBM
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +221,17 @@ BlockEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """Events of one engine step; `sequence` is consecutive, so a gap shows a loss."""
+    """Events of one engine step; `sequence` is consecutive, so a gap shows a loss.
+
+    `occurred_unix_ms` is 0 where the engine does not tell. `skipped` counts blocks of the step that are not among the
+    events, by reason. `is_replayed` where the engine's stream had lost the batch and it was fetched again.
+    """
 
     sequence: int
     events: Sequence[BlockEvent]
+    occurred_unix_ms: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    is_replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

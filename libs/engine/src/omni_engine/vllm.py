@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ from omni_engine.ports import (
     StepSink,
 )
 from omni_engine.vllm_args import LaunchPlan, Role, cores_by_rank, plan_launch
-from omni_engine.vllm_events import VllmEvents
+from omni_engine.vllm_event_stream import EventStream
+from omni_engine.vllm_events import EventReader, KvGroups
 from omni_engine.vllm_leases import Leases
 from omni_engine.vllm_outputs import (
     PendingPrefill,
@@ -69,7 +71,8 @@ class VllmEngine:
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._llm: Any = None
         self._info: EngineInfo | None = None
-        self._events: VllmEvents | None = None
+        self._events: EventStream | None = None
+        self._event_reader: EventReader | None = None
         self._leases: Leases | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -81,8 +84,9 @@ class VllmEngine:
 
     async def start(self) -> None:
         os.environ.update(self._plan.environment)
-        if self._plan.events_endpoint:
-            self._events = VllmEvents(self._plan.events_endpoint)
+        if self._plan.events_dir:
+            self._plan.events_dir.mkdir(mode=0o700)
+            self._events = EventStream(self._plan.events_endpoint, self._plan.replay_endpoint)
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
                 self._llm = await asyncio.to_thread(_build, self._plan)
@@ -90,7 +94,9 @@ class VllmEngine:
             raise Internal(f"vLLM did not start within {self._settings.start_timeout_s:.0f} s") from None
         except Exception as error:
             raise Internal(f"vLLM did not start: {type(error).__name__}: {error}") from error
-        self._info = _describe(self._llm.vllm_config, self._plan, self._model, self._settings)
+        groups = await self._kv_groups()
+        self._event_reader = EventReader(groups)
+        self._info = _describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups)
         self._leases = Leases(self._llm.engine_core, enabled=bool(self._settings.kv_connector))
         self._reader = asyncio.create_task(self._read_outputs(), name="vllm-outputs")
         if self._settings.cores and self._settings.platform == "cpu":
@@ -153,9 +159,10 @@ class VllmEngine:
         return self._tracker.stats(self._leases.held if self._leases else 0)
 
     async def events(self) -> AsyncIterator[EventBatch]:
-        if self._events is not None:
-            async for batch in self._events:
-                yield batch
+        if self._events is None or self._event_reader is None:
+            return
+        async for raw in self._events:
+            yield self._event_reader.read(raw.sequence, raw.payload, raw.is_replayed)
 
     def expert_load(self) -> ExpertLoad | None:
         return None
@@ -171,8 +178,17 @@ class VllmEngine:
                     await owned
         if self._events is not None:
             self._events.close()
+        if self._plan.events_dir:
+            shutil.rmtree(self._plan.events_dir, ignore_errors=True)
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
+
+    async def _kv_groups(self) -> KvGroups:
+        try:
+            async with asyncio.timeout(_RPC_TIMEOUT_S):
+                return KvGroups(await self._llm.engine_core.call_utility_async("get_kv_cache_group_metadata"))
+        except TimeoutError:
+            raise Internal(f"vLLM did not tell its KV cache groups within {_RPC_TIMEOUT_S:.0f} s") from None
 
     async def _read_outputs(self) -> None:
         """The one reader of the engine core's outputs; ends when the engine dies."""
@@ -294,7 +310,7 @@ def _build(plan: LaunchPlan) -> Any:
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
 
-def _describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings) -> EngineInfo:
+def _describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, groups: KvGroups) -> EngineInfo:
     import vllm
 
     shape = config.model_config.hf_text_config
@@ -306,13 +322,14 @@ def _describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings)
         engine_version=vllm.__version__,
         engine_id=plan.engine_id,
         kv_connector=settings.kv_connector,
-        block_size=config.cache_config.block_size,
+        block_size=groups.block_size or config.cache_config.block_size,
         num_blocks=config.cache_config.num_gpu_blocks or 0,
         max_model_len=config.model_config.max_model_len,
         max_num_seqs=config.scheduler_config.max_num_seqs,
         max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
         num_moe_layers=shape.num_hidden_layers - dense if experts else 0,
         num_experts=experts,
+        num_block_groups=max(1, len(groups)),
     )
 
 

@@ -21,12 +21,20 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """What one engine start needs: vLLM arguments, environment, and where its KV events come out."""
+    """What one engine start needs: vLLM arguments, environment, and a folder for its KV events, not made yet."""
 
     arguments: dict[str, Any]
     environment: dict[str, str]
     engine_id: str
-    events_endpoint: str | None
+    events_dir: Path | None
+
+    @property
+    def events_endpoint(self) -> str:
+        return f"ipc://{self.events_dir}/events"
+
+    @property
+    def replay_endpoint(self) -> str:
+        return f"ipc://{self.events_dir}/replay"
 
 
 def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role) -> LaunchPlan:
@@ -38,7 +46,7 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
     config = _model_config(model_dir)
     _check_cache_dtype(settings, config)
     engine_id = uuid.uuid4().hex
-    endpoint = f"ipc://{tempfile.mkdtemp(prefix='omni-kv-')}/events" if settings.kv_events else None
+    events_dir = Path(tempfile.gettempdir()) / f"omni-kv-{engine_id}" if settings.kv_events else None
     arguments: dict[str, Any] = {
         "model": str(model_dir),
         "served_model_name": model,
@@ -58,9 +66,16 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
         arguments["kv_cache_memory_bytes"] = int(cache_gib * _GIB)
     if settings.kv_connector:
         arguments["kv_transfer_config"] = _kv_transfer(settings, role, engine_id)
-    if endpoint:
-        arguments["kv_events_config"] = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
-    return LaunchPlan(arguments | settings.engine_args, _environment(settings), engine_id, endpoint)
+    plan = LaunchPlan(arguments, _environment(settings), engine_id, events_dir)
+    if events_dir:
+        arguments["kv_events_config"] = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": plan.events_endpoint,
+            "replay_endpoint": plan.replay_endpoint,
+        }
+    arguments |= settings.engine_args
+    return plan
 
 
 def cores_by_rank(cores: str) -> list[list[int]]:

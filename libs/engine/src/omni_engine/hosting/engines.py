@@ -13,7 +13,9 @@ def _vllm(settings: WorkerSettings) -> Engine:
     # Imported here: a worker with a simulated engine runs where vLLM's dependencies are not installed.
     from omni_engine.vllm import VllmEngine
 
-    return VllmEngine(settings.vllm, settings.model_dir, settings.model_name, settings.role)
+    # Events that nobody reads would gather in memory.
+    vllm = settings.vllm if settings.kvstore else settings.vllm.model_copy(update={"kv_events": False})
+    return VllmEngine(vllm, settings.model_dir, settings.model_name, settings.role)
 
 
 def _sim(settings: WorkerSettings) -> Engine:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 
+import grpc
 from prometheus_client import CollectorRegistry
 
 from omni.decode.v1.decode_service_pb2_grpc import add_DecodeServiceServicer_to_server
@@ -18,9 +19,10 @@ from omni_engine.hosting.engines import ENGINES
 from omni_engine.hosting.events import BlockRelay
 from omni_engine.hosting.identity import Identity
 from omni_engine.hosting.membership import Membership
-from omni_engine.hosting.metrics import LoadCollector, WorkerMetrics
+from omni_engine.hosting.metrics import BlocksCollector, LoadCollector, WorkerMetrics
 from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.hosting.prefill import PrefillServicer
+from omni_engine.hosting.publisher import BlockPublisher
 from omni_engine.hosting.session import DecodeHost, DecodeServicer, SessionLimits
 from omni_engine.hosting.settings import WorkerSettings
 from omni_engine.hosting.worker import Worker, WorkerServicer
@@ -39,8 +41,10 @@ class WorkerHost:
         self.admission = Admission(settings.model_name)
         self.identity = Identity(settings.role, time.time_ns() // 1_000_000, settings.labels)
         self.worker = Worker(engine, self.admission, self.identity)
+        self.relay: BlockRelay | None = None
         self._metrics = WorkerMetrics(registry)
         registry.register(LoadCollector(self.worker.stats, lambda: self.admission.refused))
+        registry.register(BlocksCollector(lambda: self.relay.report() if self.relay else None))
         self.server = Server(self._servicers(), settings.tls)
 
     async def start(self) -> int:
@@ -92,15 +96,24 @@ class WorkerHost:
             channel(self._settings.kvstore, tls=self._settings.tls) as kvstore,
             asyncio.TaskGroup() as group,
         ):
-            info, identity, settings = self._engine.info, self.identity, self._settings
-            mirror = BlockMirror(info.model, info.block_size, settings.max_mirrored_blocks)
-            relay = BlockRelay(self._engine, kvstore, mirror, identity, settings.events_interval_s)
+            relay = self.relay = self._relay(kvstore)
             membership = Membership(kvstore, self.worker.describe(), self.admission, relay.request_snapshot)
-            tasks = [group.create_task(membership.run()), group.create_task(relay.run())]
+            tasks = [group.create_task(membership.run()), group.create_task(relay.run(membership.registered))]
             reason = await self._engine.wait_dead()
             for task in tasks:
                 task.cancel()
         return reason
+
+    def _relay(self, kvstore: grpc.aio.Channel) -> BlockRelay:
+        info, identity, settings = self._engine.info, self.identity, self._settings
+        mirror = BlockMirror(info.model, info.block_size, settings.max_mirrored_blocks, info.num_block_groups)
+        publisher = BlockPublisher(
+            kvstore, identity.worker_id, identity.epoch, mirror.pages, settings.events_interval_s
+        )
+        return BlockRelay(self._engine, mirror, publisher)
+
+    def _mirror(self) -> BlockMirror | None:
+        return self.relay.mirror if self.relay else None
 
     def _servicers(self) -> list[Servicer]:
         settings, admission = self._settings, self.admission
@@ -113,7 +126,7 @@ class WorkerHost:
                 DecodeServicer(decode), add_DecodeServiceServicer_to_server, "omni.decode.v1.DecodeService"
             ),
         }
-        worker = WorkerServicer(self.worker, admission, settings.drain_timeout_s)
+        worker = WorkerServicer(self.worker, admission, settings.drain_timeout_s, self._mirror)
         mounted = [by_role[role] for role in by_role if settings.role in (role, "both")]
         return [*mounted, Servicer(worker, add_WorkerServiceServicer_to_server, "omni.engine.v1.WorkerService")]
 

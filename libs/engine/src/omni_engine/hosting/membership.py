@@ -29,12 +29,16 @@ class Membership:
         self._info = info
         self._admission = admission
         self._on_snapshot_wanted = on_snapshot_wanted
-        self._is_registered = False
+        self._registered = asyncio.Event()
         self._is_outage_logged = False
 
     @property
     def is_registered(self) -> bool:
-        return self._is_registered
+        return self._registered.is_set()
+
+    async def registered(self) -> None:
+        """Returns once the kvstore has accepted the worker."""
+        await self._registered.wait()
 
     async def run(self) -> None:
         """Register, renew, reconnect. Cancelling it leaves the cluster."""
@@ -44,8 +48,8 @@ class Membership:
                 await self._hold()
             except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError) as error:
                 self._note_outage(error)
-            backoff_s = _FIRST_BACKOFF_S if self._is_registered else min(2 * backoff_s, _LONGEST_BACKOFF_S)
-            self._is_registered = False
+            backoff_s = _FIRST_BACKOFF_S if self.is_registered else min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            self._registered.clear()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
     async def _hold(self) -> None:
@@ -84,7 +88,7 @@ class Membership:
             await self._admission.changed(remaining_s)
 
     async def _leave(self, call: "grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]") -> None:
-        if not self._is_registered:
+        if not self.is_registered:
             return
         try:
             async with asyncio.timeout(_LEAVE_TIMEOUT_S):
@@ -96,9 +100,9 @@ class Membership:
             log.info("left without the kvstore's answer; the lease will end by itself")
 
     def _note_answer(self, response: RegisterResponse) -> None:
-        if not self._is_registered:
+        if not self.is_registered:
             log.info("registered", extra={"epoch": response.epoch, "lease_s": response.lease_s})
-        self._is_registered = True
+        self._registered.set()
         self._is_outage_logged = False
         if response.wants_snapshot:
             self._on_snapshot_wanted()

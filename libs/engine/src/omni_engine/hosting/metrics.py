@@ -1,11 +1,12 @@
 """Prometheus metrics of a worker. Load is read from the engine when scraped."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from omni_engine.hosting.events import RelayReport
 from omni_engine.ports import EngineStats, SequenceStart
 
 _PREFILL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -84,3 +85,39 @@ class LoadCollector(Collector):
         yield CounterMetricFamily(
             "omni_worker_computed_prompt_tokens", "Prompt tokens computed", value=stats.computed_prompt_tokens
         )
+
+
+class BlocksCollector(Collector):
+    """Block events, out of the relay's own report."""
+
+    def __init__(self, read: Callable[[], RelayReport | None]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        report = self._read()
+        if report is None:
+            return
+        yield _by_label("omni_worker_block_events", "Events of the engine, by kind", "event", report.events)
+        yield _by_label(
+            "omni_worker_blocks_skipped",
+            "Blocks of the engine's events not placed, by reason",
+            "reason",
+            report.skipped,
+        )
+        totals = {
+            "omni_worker_block_event_gaps": ("Breaks in the engine's stream of events", report.gaps),
+            "omni_worker_block_event_replays": ("Batches of events fetched again after a gap", report.replayed),
+            "omni_worker_block_mirror_resets": ("Times all mirrored blocks were dropped", report.resets),
+            "omni_worker_block_snapshots": ("Snapshots sent to the kvstore", report.snapshots),
+        }
+        for name, (text, value) in totals.items():
+            yield CounterMetricFamily(name, text, value=value)
+        yield GaugeMetricFamily("omni_worker_pending_blocks", "Changes not sent yet", value=report.pending)
+        yield GaugeMetricFamily("omni_worker_mirrored_blocks", "Blocks of the engine mirrored", value=report.mirrored)
+
+
+def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from omni.engine.v1.engine_pb2 import WorkerInfo
@@ -11,14 +11,17 @@ from omni.engine.v1.worker_service_pb2 import (
     DescribeResponse,
     DrainRequest,
     DrainResponse,
+    ListBlocksRequest,
+    ListBlocksResponse,
     WatchStatsRequest,
     WatchStatsResponse,
 )
 from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceServicer
-from omni_common.errors import Unavailable
+from omni_common.errors import FailedPrecondition, Unavailable
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.identity import Identity
-from omni_engine.hosting.wire import info_to_wire
+from omni_engine.hosting.mirror import BlockMirror
+from omni_engine.hosting.wire import MEDIA, info_to_wire
 from omni_engine.ports import Engine, EngineStats
 
 _DEFAULT_INTERVAL_MS = 50
@@ -26,6 +29,7 @@ _SHORTEST_INTERVAL_MS = 10
 _LONGEST_SILENCE_S = 1.0
 _LEASE_POLL_S = 0.05
 _ANSWER_MARGIN_S = 0.2
+_BLOCKS_PER_PAGE = 16_384
 
 
 class Worker:
@@ -91,12 +95,22 @@ class Worker:
 
 
 class WorkerServicer(WorkerServiceServicer):
-    """Wire edge of `Worker`; `drain_timeout_s` holds where a caller of Drain sets no deadline."""
+    """Wire edge of `Worker`; `drain_timeout_s` holds where a caller of Drain sets no deadline.
 
-    def __init__(self, worker: Worker, admission: Admission, drain_timeout_s: float) -> None:
+    `mirror` gives the blocks the engine holds, None where nobody follows its events.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        admission: Admission,
+        drain_timeout_s: float,
+        mirror: Callable[[], BlockMirror | None],
+    ) -> None:
         self._worker = worker
         self._admission = admission
         self._drain_timeout_s = drain_timeout_s
+        self._mirror = mirror
 
     async def Describe(self, request: DescribeRequest, context: Any) -> DescribeResponse:
         return DescribeResponse(info=self._worker.describe())
@@ -110,6 +124,19 @@ class WorkerServicer(WorkerServiceServicer):
                 yield load
                 last, sent_s = load, now_s
             await asyncio.sleep(interval_s)
+
+    async def ListBlocks(self, request: ListBlocksRequest, context: Any) -> AsyncIterator[ListBlocksResponse]:
+        epoch = self._worker.describe().epoch
+        mirror = self._mirror()
+        if mirror is None:
+            raise FailedPrecondition("this worker has no kvstore, so it mirrors no blocks", reason="no_mirror")
+        is_empty = True
+        for medium, blocks in mirror.pages(_BLOCKS_PER_PAGE):
+            keys = b"".join(block.key for block in blocks)
+            yield ListBlocksResponse(epoch=epoch, medium=MEDIA[medium], block_keys=keys)
+            is_empty = False
+        if is_empty:
+            yield ListBlocksResponse(epoch=epoch)
 
     async def Drain(self, request: DrainRequest, context: Any) -> DrainResponse:
         if request.resume:
