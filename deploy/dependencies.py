@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-
 OURS = re.compile(r"(?P<name>omni[-_]\w+)(\[(?P<extras>[^]]+)\])?")
 
 

@@ -24,9 +24,10 @@ SET, POSITION, STAMP, HITS = 4, 5, 6, 7
 """Columns of `Rows.fields`; the first four are the key."""
 PLANES = 5
 HBM, EXPECTED = 0, 1
-COUNT, LIMIT, SHIFT, EDGE, END, EVICTED, SINK = range(7)
+COUNT, LIMIT, SHIFT, EDGE, END, PLACED, EVICTED, SINK = range(8)
 """Entries of `Rows.meta`: rows in use; at which count to grow; bits that the hash is shifted right by to give a slot;
-slots still to be spread by growth; slots that may be in use; rows evicted; a place to write what must be computed."""
+slots still to be spread by growth; slots that may be in use; rows ever placed; rows ever evicted; a place to write what
+must be computed."""
 NEVER = np.uint64(2**64 - 1)
 """An age no row reaches."""
 NOWHERE = np.uint32(2**32 - 1)
@@ -41,8 +42,8 @@ class Rows(NamedTuple):
     """Open-addressing table: linear probing without wrap-around, deletion by shifting back. A row with set 0 is free.
 
     A slot's number is the top bits of the hash, so the table grows in place, from its high end downwards: while that
-    lasts, rows whose slot by the former size is below EDGE are still found by the former size. Otherwise rows only ever
-    move towards lower slots, so a walk from high to low sees each row that stays.
+    lasts, rows whose slot by the former size is below EDGE are still found by the former size. But for growth, rows
+    move towards lower slots, except for one slot up each time a row is placed.
     """
 
     words: U64
@@ -126,15 +127,25 @@ def _find(rows: Rows, first: np.uint64, second: np.uint64) -> int:
 
 
 @_kernel
-def _place(rows: Rows, slot: int, first: np.uint64, second: np.uint64) -> bool:
-    """Take a free slot for the key; its set is still to be written. False at the end of the table: no room."""
+def _place(rows: Rows, slot: int, first: np.uint64, second: np.uint64) -> int:
+    """Make a row for the key, given the free slot that `_find` told, and return its slot; -1: the table ends here.
+
+    Rows that want a higher slot make way, so that late rows are no further from home than early ones. The row's
+    fields are still to be written.
+    """
     if slot == rows.meta[END] - 1:
-        return False
+        return -1
+    home = _home(rows, first)
+    while slot > home and _home(rows, rows.words[slot - 1, 0]) > home:
+        for word in range(4):
+            rows.words[slot, word] = rows.words[slot - 1, word]
+        slot -= 1
     rows.words[slot, 0] = first
     rows.words[slot, 1] = second
     rows.fields[slot, HITS] = 0
     rows.meta[COUNT] += 1
-    return True
+    rows.meta[PLACED] += 1
+    return slot
 
 
 @_kernel
@@ -166,13 +177,12 @@ def spread(rows: Rows, num_slots: int) -> None:
             rows.fields[slot, SET] = 0
             count += 1
     rows.meta[EDGE] = edge
+    rows.meta[COUNT] -= count
     for i in range(count):
-        slot = -1 - _find(rows, moved[i, 0], moved[i, 1])
-        if slot == rows.meta[END] - 1:  # no room, as in `_place`
-            rows.meta[COUNT] -= 1
-            continue
-        for word in range(4):
-            rows.words[slot, word] = moved[i, word]
+        slot = _place(rows, -1 - _find(rows, moved[i, 0], moved[i, 1]), moved[i, 0], moved[i, 1])
+        if slot >= 0:
+            rows.words[slot, 2] = moved[i, 2]
+            rows.words[slot, 3] = moved[i, 3]
 
 
 @_kernel
@@ -324,8 +334,8 @@ def update(
         elif gained == 0:
             continue
         else:
-            slot = -1 - slot
-            if not _place(rows, slot, first, second):
+            slot = _place(rows, -1 - slot, first, second)
+            if slot < 0:
                 continue
             rows.fields[slot, POSITION] = positions[i] if len(positions) > 1 else positions[0] + i
         if gained != 0:
@@ -361,21 +371,22 @@ def expect(
         old = 0
         if slot >= 0:
             old = np.int64(rows.fields[slot, SET])
-        else:
-            slot = -1 - slot
-            if not _place(rows, slot, first, second):
+            rows.fields[slot, STAMP] = stamp
+            if sets.bits[old, word, HBM] & mask != _ZERO:
                 continue
-            rows.fields[slot, POSITION] = i
-        rows.fields[slot, STAMP] = stamp
-        if sets.bits[old, word, HBM] & mask != _ZERO:
-            continue
         mark = _find(marks, first ^ np.uint64(salt), second)
         if mark < 0:
-            mark = -1 - mark
-            if not _place(marks, mark, first ^ np.uint64(salt), second):
+            mark = _place(marks, -1 - mark, first ^ np.uint64(salt), second)
+            if mark < 0:
                 continue
             marks.fields[mark, SET] = 1
         marks.fields[mark, STAMP] = serial
+        if slot < 0:
+            slot = _place(rows, -1 - slot, first, second)
+            if slot < 0:
+                continue
+            rows.fields[slot, STAMP] = stamp
+            rows.fields[slot, POSITION] = i
         if old != from_set:
             from_set, to_set = old, _changed(sets, old, bit, np.int64(1 << EXPECTED), np.int64(0))
         if _assign(rows, sets, slot, old, to_set):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from omni_common import _prefix_arrays as arrays
 from omni_common import _prefix_kernels as kernels
-from omni_common._prefix_kernels import COUNT, EDGE, END, HITS, LIMIT, POSITION, SET, STAMP, U32, U64, Rows
+from omni_common._prefix_kernels import COUNT, EDGE, END, HITS, LIMIT, PLACED, POSITION, SET, STAMP, U32, U64, Rows
 
 PAGE_KEYS = 65_536
 """Most that one kernel call changes, and most of one page of `held`."""
@@ -68,6 +68,7 @@ class BlockTable:
         self._sweep_dead = self._dead
         self._sweep_oldest = int(kernels.NEVER)
         self._sweep_stamp = 0
+        self._sweep_placed = 0
 
     # Members
 
@@ -179,12 +180,13 @@ class BlockTable:
         per_key = 1
         if self._sweep_oldest < kernels.NEVER:  # done before the table is full
             per_key += self._sweep_at // max(1, self._max_blocks - rows[COUNT])
-        self._advance_sweep(_SWEEP_SLOTS + num_keys * per_key)
+        self._advance_sweep(_SWEEP_SLOTS + num_keys * (per_key + 1))
         while rows[COUNT] > self._max_blocks:
             self._finish_sweep()
 
     def _begin_sweep(self) -> None:
         self._sweep_at = int(self._rows.meta[END]) - 1
+        self._sweep_placed = int(self._rows.meta[PLACED])
         self._sweep_dead = self._dead.copy()
         self._sweep_stamp = self._stamp(0)
         self._sweep_oldest = int(kernels.NEVER)
@@ -203,6 +205,10 @@ class BlockTable:
         return int(np.partition(ages, kept)[kept])
 
     def _advance_sweep(self, num_slots: int) -> None:
+        placed = int(self._rows.meta[PLACED])
+        passed_by = placed - self._sweep_placed  # each row placed may have moved another one up, past the sweep
+        self._sweep_at = min(self._sweep_at + passed_by, int(self._rows.meta[END]) - 1)
+        self._sweep_placed = placed
         stop = max(0, self._sweep_at + 1 - num_slots)
         oldest, stamp = self._sweep_oldest, self._stamp(0)
         if oldest < kernels.NEVER:
@@ -225,7 +231,7 @@ class BlockTable:
             self._spread(self._rows, int(self._rows.meta[EDGE]))
         if self._sweep_at < 0 or (self._sweep_oldest == kernels.NEVER and self._rows.meta[COUNT] > self._max_blocks):
             self._begin_sweep()
-        self._advance_sweep(self._sweep_at + 1)
+        self._advance_sweep(int(self._rows.meta[END]))
 
     # Questions
 
@@ -244,15 +250,15 @@ class BlockTable:
         """Keys and positions in pages, a stretch of slots at a time as it is then. Rows moving up begin it anew."""
         rows, growths, stop = self._rows, self._growths, int(self._rows.meta[END])
         while stop > 0:
-            start = max(0, stop - _SCAN_SLOTS)
+            start, placed = max(0, stop - _SCAN_SLOTS), int(rows.meta[PLACED])
             holds = np.asarray(self._sets.bits[:, bit >> 6, plane] & _mask(bit) != 0)
             here = start + np.flatnonzero(holds[rows.fields[start:stop, SET]])
             keys, positions = rows.words[here, :2], rows.fields[here, POSITION]
             for begin in range(0, len(here), PAGE_KEYS):
                 page = slice(begin, begin + PAGE_KEYS)
                 yield keys[page].tobytes(), positions[page]
-            stop = start
-            if growths != self._growths:
+            stop = start + int(rows.meta[PLACED]) - placed  # as in a sweep
+            if growths != self._growths or stop > rows.meta[END]:
                 growths, stop = self._growths, int(rows.meta[END])
 
     def counts(self) -> Counts:

@@ -149,7 +149,7 @@ class PrefixIndex:
             self._stale = True
             self._table.maintain(0)
 
-    def store(self, member: str, medium: int, keys: bytes, positions: Sequence[int]) -> None:
+    def store(self, member: str, medium: int, keys: bytes, positions: Sequence[int] | U32) -> None:
         """The member holds these blocks on `medium`. `positions`: one per key, or the first of consecutive ones.
 
         Raises KeyError for a member that never joined.
