@@ -10,7 +10,7 @@ One owner, one thread: nothing here locks.
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,22 +78,26 @@ class Prefixes:
     """Answer to one lookup; later changes of the index do not touch it."""
 
     def __init__(
-        self,
-        num_blocks: int,
-        longest: int,
-        tiers: tuple[Tier, ...],
-        pooled: tuple[int, ...],
-        own: dict[str, tuple[int, ...]],
-    ) -> None:
+        self, num_blocks: int, longest: int, tiers: tuple[Tier, ...], pooled: Sequence[int], workers: Mapping[str, int],
+        depths: U32,
+    ) -> None:  # fmt: skip
+        """`depths`: blocks by bit and tier; `workers` names their bits; `pooled`: blocks by tier that pools give."""
         self.num_blocks = num_blocks
         self.tiers = tiers
         self._longest = longest
-        self._pooled = pooled
-        self._own = own
+        self._pooled = tuple(pooled)
+        self._workers = workers
+        self._depths = depths
+        self._listed: list[list[int]] = []
 
     def of(self, member: str) -> tuple[int, ...]:
         """Blocks from the start of the prompt that `member` has on each tier or an earlier one."""
-        return self._own.get(member, self._pooled)
+        bit = self._workers.get(member)
+        if bit is None or not self._longest:
+            return self._pooled
+        # Made when first asked for: a list is read faster than an array.
+        self._listed = self._listed or self._depths.tolist()
+        return tuple(self._listed[bit])
 
     def longest(self) -> int:
         """Blocks that some member, or pools, have on any tier."""
@@ -101,7 +105,12 @@ class Prefixes:
 
     def rows(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Workers whose own blocks add to what pools give; then "" for all others, where pools give anything."""
-        yield from self._own.items()
+        if self._longest:
+            of_workers = self._depths[list(self._workers.values())]
+            is_adding = (of_workers != np.array(self._pooled, np.uint32)).any(axis=1)
+            for worker, adds, depths in zip(self._workers, is_adding.tolist(), of_workers.tolist(), strict=True):
+                if adds:
+                    yield worker, tuple(depths)
         if any(self._pooled):
             yield "", self._pooled
 
@@ -204,13 +213,7 @@ class PrefixIndex:
         if self._stale:
             self._refresh()
         longest, pooled, depths = self._table.lookup(words, self._sources, self._worker_words)
-        own: dict[str, tuple[int, ...]] = {}
-        if longest:
-            of_workers = depths[self._worker_bits]
-            adding = np.flatnonzero((of_workers != np.array(pooled, np.uint32)).any(axis=1))
-            rows = of_workers[adding].tolist()
-            own = {self._workers[i]: tuple(row) for i, row in zip(adding.tolist(), rows, strict=True)}
-        return Prefixes(len(words), longest, self._tiers, tuple(pooled), own)
+        return Prefixes(len(words), longest, self._tiers, pooled, self._worker_bits, depths)
 
     def held(self, member: str) -> Iterator[tuple[int, bytes, U32]]:
         """Medium, keys and positions of what the member holds, in no order, in pages of at most 65,536 keys.
@@ -277,10 +280,10 @@ class PrefixIndex:
                 sources += [(-1, self._members[pool].bit) for of, pool in pools if of == medium]
         self._tiers = tuple(tiers)
         self._sources = np.array(sources, np.int64)
-        self._workers = [name for name, m in self._members.items() if m.pool_medium is None]
-        self._worker_bits = np.array([self._members[name].bit for name in self._workers], np.int64)
+        # Made anew and never changed: answers given out refer to it.
+        self._worker_bits = {name: m.bit for name, m in self._members.items() if m.pool_medium is None}
         self._worker_words = np.zeros(self._table.words, np.uint64)
-        for bit in self._worker_bits.tolist():
+        for bit in self._worker_bits.values():
             self._worker_words[bit >> 6] |= np.uint64(1 << (bit & 63))
 
 
