@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_common import _prefix_kernels
+from omni_common import _prefix_kernels, _prefix_table
 from omni_common.prefix_index import DISK, HBM, HOST, PrefixIndex, warm_up
 
 
@@ -115,6 +115,36 @@ def test_bits_of_those_who_left_are_used_again() -> None:
         index.leave(worker)
     assert index.lookup(keys).of("stays")[0] == 3_000
     assert index.usage().bytes < 1.4 * before
+
+
+def test_who_joins_holds_nothing_of_a_former_owner_of_its_bit() -> None:
+    """Rows move while they are swept: others are stored and removed all the time."""
+    index, keys = index_of(100_000, "stays", "busy"), chain(0, 5_900)
+    index.store("stays", HBM, keys, (0,))
+    for generation in range(150):
+        index.join(f"w{generation}")
+        assert held_keys(index, f"w{generation}") == set()
+        index.store(f"w{generation}", HBM, keys, (0,))
+        index.leave(f"w{generation}")
+        for step in range(16):
+            passing = chain(1 + 16 * generation + step, 200)
+            index.store("busy", HBM, passing, (0,))
+            index.remove("busy", HBM, passing)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_held_misses_nothing_that_moves(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(_prefix_table, "_SCAN_SLOTS", 256)
+    index, keys = index_of(1_000_000, "w", "v"), chain(seed, 6_000)
+    index.store("w", HBM, keys, (0,))
+    told: set[bytes] = set()
+    for number, (_, page, _) in enumerate(index.held("w")):
+        told |= {page[i : i + 16] for i in range(0, len(page), 16)}
+        passing = chain(1_000 * (seed + 1) + number, 50)
+        index.store("v", HBM, passing, (0,))
+        if number % 2:
+            index.remove("v", HBM, passing)
+    assert told == {keys[i : i + 16] for i in range(0, len(keys), 16)}
 
 
 prompts = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30), st.integers(1, 60)), min_size=5, max_size=80)
