@@ -23,6 +23,7 @@ LENGTHS += [1024, 1500, 2000, 2559, 2560, 3000, *range(20, 44)]
 # bf16 keeps 8 bits: logits near 20 are 0.125 apart, and two orders of summation may differ by as much.
 NOISE = 0.25
 LOGPROB_TOLERANCE = 0.05
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def check_same(prompt_tokens: int, seen: Answer, reference: Answer) -> int:
             LOGPROB_TOLERANCE, NOISE if reference.margins[i] < NOISE else 0
         ), f"{prompt_tokens} tokens: log-probability at {i}"
     assert len(seen.tokens) == len(reference.tokens)
-    assert seen.text == reference.text
+    # Cut off inside a character, our text ends as the tokenizer decodes it; vLLM's server leaves the part out.
+    assert seen.text.rstrip(REPLACEMENT) == reference.text.rstrip(REPLACEMENT)
     return len(seen.tokens)
 
 
