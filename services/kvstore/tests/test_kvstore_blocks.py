@@ -175,7 +175,7 @@ async def test_full_watch_queue_gets_a_fresh_snapshot(
 ) -> None:
     async with start_replica(redis_url=redis_server.url, watch_queue=2) as replica:
         # Read without a transport, whose buffers would hide that this watcher is slow.
-        slow, witness = replica.service.replica.updates(Interest(blocks=True)), replica.watch(blocks=True)
+        slow, witness = replica.service.watches.updates(Interest(blocks=True)), replica.watch(blocks=True)
         assert (await anext(slow)).snapshot and (await anext(slow)).complete
         await replica.register().beat(info())
         for sequence in range(1, 6):

@@ -71,7 +71,7 @@ async def test_a_late_and_a_slow_watch_end_like_the_others(
     async with start_replica(redis_url=redis_server.url, watch_queue=3) as replica:
         witness = replica.watch(blocks=True)
         # Read without a transport, whose buffers would hide that this watcher is slow.
-        slow = replica.service.replica.updates(Interest(blocks=True))
+        slow = replica.service.watches.updates(Interest(blocks=True))
         await anext(slow)
         await replica.register().beat(info())
         for sequence in range(1, 40):

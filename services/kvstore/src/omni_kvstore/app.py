@@ -26,6 +26,7 @@ from omni_kvstore.replica import Replica
 from omni_kvstore.rpc import KvStoreServicer, servicer
 from omni_kvstore.settings import Settings
 from omni_kvstore.store import Limits, RedisStore
+from omni_kvstore.watches import Watches
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class KvStore:
 
     server: Server
     replica: Replica
+    watches: Watches
     port: int
     feed: Feed
 
@@ -64,7 +66,10 @@ async def running(settings: Settings, registry: CollectorRegistry) -> AsyncItera
         store = _store(settings, url, metrics)
         stack.push_async_callback(store.close)
         replica = _replica(settings, store, feed, metrics)
-        wire = KvStoreServicer(replica, metrics, lease_s=settings.lease_s, max_lookup_blocks=settings.max_lookup_blocks)
+        watches = Watches(replica.view, feed, store, metrics)
+        wire = KvStoreServicer(
+            replica, watches, metrics, lease_s=settings.lease_s, max_lookup_blocks=settings.max_lookup_blocks
+        )
         server = Server([servicer(wire)], settings.tls)
         port = await server.start(f"{settings.host}:{settings.port}")
         await server.set_serving(False)
@@ -78,7 +83,7 @@ async def running(settings: Settings, registry: CollectorRegistry) -> AsyncItera
             ]
             loops += [embedded.supervise()] if embedded else []
             owned = [tasks.create_task(loop) for loop in loops]
-            yield KvStore(server, replica, port, feed)
+            yield KvStore(server, replica, watches, port, feed)
             for task in owned:
                 task.cancel()
 

@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from omni_common.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from omni_kvstore.blocks import Batch, BlockChange, Match
-from omni_kvstore.events import BlocksChanged, Event
-from omni_kvstore.feed import Change, Feed, Gathering, Interest, Position, Update, Watcher
-from omni_kvstore.membership import Directory, Leases, Renewal, Worker, WorkerChange, WorkerLeft
+from omni_kvstore.events import Event
+from omni_kvstore.feed import Feed, Gathering, Position, Update
+from omni_kvstore.membership import Leases, Renewal, Worker, WorkerChange
 from omni_kvstore.memory import BlockMemory
 from omni_kvstore.metrics import Metrics
 from omni_kvstore.store import Published, RedisStore, Standing, State
+from omni_kvstore.view import View
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _SWEEP_BUDGET = 2048
 
 
 class Replica:
-    """Owner of the directory, the blocks in memory, the local leases and the feed."""
+    """Owner of the view and the local leases; tells the feed of every change."""
 
     def __init__(
         self,
@@ -46,12 +47,9 @@ class Replica:
         self._store, self._feed, self._leases, self._metrics = store, feed, leases, metrics
         self._reconcile_s, self._wait_ms, self._clock = reconcile_s, max(1, int(wait_s * 1000)), clock
         self._max_workers, self._memory_blocks = max_workers, memory_blocks
-        self._directory = Directory()
-        self._memory = BlockMemory(memory_blocks)
+        self.view = View(BlockMemory(memory_blocks))
         self._left: dict[str, int] = {}
         self._unstored: dict[str, int] = {}
-        self._at = Position("", 0)
-        self.is_degraded = True
         self.answered_once = asyncio.Event()
         metrics.degraded.set(1)
 
@@ -62,7 +60,7 @@ class Replica:
             FailedPrecondition: a later epoch of the worker is in force.
             ResourceExhausted: there are `max_workers` others.
         """
-        if len(self._directory) >= self._max_workers and self._directory.get(worker.worker_id) is None:
+        if len(self.view.directory) >= self._max_workers and self.view.directory.get(worker.worker_id) is None:
             raise ResourceExhausted(f"{self._max_workers} workers are registered", reason="max_workers")
         renewal = await self._renew(worker)
         if not renewal.accepted:
@@ -73,27 +71,27 @@ class Replica:
         return renewal
 
     async def _renew(self, worker: Worker) -> Renewal:
-        if not self.is_degraded:
+        if not self.view.is_degraded:
             try:
                 return await self._store.register(worker)
             except Unavailable as error:
                 log.warning("lease kept in memory only", extra={"worker": worker.worker_id, "reason": error.reason})
-        known = self._directory.get(worker.worker_id)
+        known = self.view.directory.get(worker.worker_id)
         if known and known.epoch > worker.epoch:
             return Renewal(accepted=False, epoch=known.epoch, wants_snapshot=False)
-        self._tell(self._directory.put(worker))
+        self._tell(self.view.directory.put(worker))
         return Renewal(accepted=True, epoch=worker.epoch, wants_snapshot=False)
 
     async def leave(self, worker_id: str, epoch: int) -> None:
         """End a membership at once; made up for in Redis later if that is away."""
         self._leases.end(worker_id)
-        if not self.is_degraded:
+        if not self.view.is_degraded:
             try:
                 await self._store.leave(worker_id, epoch)
                 return
             except Unavailable:
                 log.warning("worker left in memory only", extra={"worker": worker_id})
-        if changes := self._directory.drop(worker_id, epoch):
+        if changes := self.view.directory.drop(worker_id, epoch):
             self._left[worker_id] = epoch
             self._tell(changes)
 
@@ -103,52 +101,52 @@ class Replica:
         Raises:
             FailedPrecondition: another epoch is in force (`stale_epoch`), or none (`not_registered`).
         """
-        if not self.is_degraded:
+        if not self.view.is_degraded:
             try:
                 published = await self._store.publish(batch)
             except Unavailable as error:
                 log.warning("blocks kept in memory only", extra={"worker": batch.worker_id, "reason": error.reason})
             else:
-                self._memory.note(batch.worker_id, published.sequence)
+                self.view.memory.note(batch.worker_id, published.sequence)
                 return published
         return self._publish_to_memory(batch)
 
     def _publish_to_memory(self, batch: Batch) -> Published:
-        known = self._directory.get(batch.worker_id)
+        known = self.view.directory.get(batch.worker_id)
         if known is None or known.epoch != batch.epoch:
             is_stale = known is not None and known.epoch > batch.epoch
             message = f"worker {batch.worker_id!r} holds no lease for epoch {batch.epoch}"
             raise FailedPrecondition(message, reason="stale_epoch" if is_stale else "not_registered")
         self._unstored[batch.worker_id] = batch.epoch
-        if self._memory.has_seen(batch):
-            return Published(self._memory.last_sequence(batch.worker_id), gap=False)
-        if not self._memory.follows(batch):
-            return Published(self._memory.last_sequence(batch.worker_id), gap=True)
+        if self.view.memory.has_seen(batch):
+            return Published(self.view.memory.last_sequence(batch.worker_id), gap=False)
+        if not self.view.memory.follows(batch):
+            return Published(self.view.memory.last_sequence(batch.worker_id), gap=True)
         changes = [BlockChange(batch.worker_id, batch.epoch, event, known.model) for event in batch.as_changes()]
-        self._memory.note(batch.worker_id, batch.sequence)
+        self.view.memory.note(batch.worker_id, batch.sequence)
         self._tell((), changes)
         return Published(batch.sequence, gap=False)
 
     def knows(self, worker_id: str) -> bool:
-        return self._directory.get(worker_id) is not None
+        return self.view.directory.get(worker_id) is not None
 
     async def lookup(self, model: str, block_size: int, keys: bytes) -> tuple[list[Match], bool]:
         """Matches, and whether they come from memory because Redis is away."""
-        if not self.is_degraded:
+        if not self.view.is_degraded:
             try:
                 return await self._store.lookup(model, block_size, keys), False
             except Unavailable as error:
                 log.warning("lookup from memory", extra={"reason": error.reason})
-        return self._memory.lookup(keys), True
+        return self.view.memory.lookup(keys), True
 
     async def standings(self) -> tuple[Sequence[Standing], bool]:
         """All members, and whether they come from memory because Redis is away."""
-        if not self.is_degraded:
+        if not self.view.is_degraded:
             try:
                 return (await self._store.load()).standings, False
             except Unavailable:
                 pass
-        left, memory = self._leases.left_s(self._clock()), self._memory
+        left, memory = self._leases.left_s(self._clock()), self.view.memory
         return [
             Standing(
                 worker,
@@ -157,87 +155,18 @@ class Replica:
                 memory.count(worker.worker_id),
                 left.get(worker.worker_id, 0.0),
             )
-            for worker in self._directory.all()
+            for worker in self.view.directory.all()
         ], True
 
     async def blocks_of(self, worker_id: str) -> AsyncIterator[tuple[BlockChange, bool]]:
         """A worker's blocks in pages, from memory while Redis is away."""
-        worker = self._directory.get(worker_id)
-        if self.is_degraded:
-            for change in self._memory.held(worker) if worker else ():
+        worker = self.view.directory.get(worker_id)
+        if self.view.is_degraded:
+            for change in self.view.memory.held(worker) if worker else ():
                 yield change, True
             return
         async for change in self._store.blocks_of(worker_id):
             yield change, False
-
-    async def updates(self, interest: Interest, resume: Position | None = None) -> AsyncIterator[Update]:
-        """A snapshot, or what changed since `resume`; then changes, until the feed closes.
-
-        Another snapshot comes wherever changes were lost.
-        """
-        with self._feed.watch(interest) as watcher:
-            self._metrics.watchers.set(len(self._feed))
-            try:
-                if resume is not None:
-                    for update in await self._missed(watcher, resume):
-                        yield interest.of(update)
-                while not watcher.is_closed:
-                    if watcher.settle_snapshot():
-                        async for update in self._snapshot(interest):
-                            yield update
-                    elif update_or_none := await watcher.next():
-                        yield update_or_none
-            finally:
-                self._metrics.watchers.set(len(self._feed) - 1)
-
-    async def _missed(self, watcher: Watcher, resume: Position) -> list[Update]:
-        """The changes after a position, if Redis still has them all; else none, and the snapshot stays owed."""
-        at = self._at
-        if self.is_degraded or resume.dataset != at.dataset or resume.event > at.event:
-            return []
-        # Changes from here on are queued; those up to here are read.
-        watcher.settle_snapshot()
-        gathering, updates, last = Gathering(), list[Update](), resume.event
-        try:
-            async for page in self._store.events_between(resume.event, at.event):
-                for number, event in page:
-                    if number != last + 1:
-                        watcher.owe_snapshot()
-                        return []
-                    last = number
-                    updates += gathering.add(self._as_told(event))
-        except Unavailable:
-            watcher.owe_snapshot()
-            return []
-        if last != at.event:
-            watcher.owe_snapshot()
-            return []
-        self._metrics.resumes.inc()
-        return [*updates, gathering.rest(at)]
-
-    def _as_told(self, event: Event) -> list[Change]:
-        """An event as a watcher was told it, or would have been."""
-        match event:
-            case Worker():
-                return [WorkerChange(event)]
-            case WorkerLeft():
-                return [WorkerChange(Worker(event.worker_id, event.epoch, event.model, 0, b""), removed=True)]
-            case BlocksChanged():
-                return list(self._block_changes(event))
-
-    async def _snapshot(self, interest: Interest) -> AsyncIterator[Update]:
-        """Members as of now, then their blocks in pages. Changes since are queued and follow; replaying one
-        that a page already shows changes nothing."""
-        self._metrics.snapshots.inc()
-        at, workers, degraded = None if self.is_degraded else self._at, self._directory.all(), self.is_degraded
-        yield interest.of(Update(tuple(WorkerChange(w) for w in workers), snapshot=True, degraded=degraded))
-        for worker in workers if interest.blocks else ():
-            if interest.model not in ("", worker.model) or self._directory.get(worker.worker_id) != worker:
-                continue
-            for page in self._memory.held(worker):
-                yield Update(blocks=(page,), degraded=degraded)
-            await asyncio.sleep(0)
-        yield Update(complete=True, degraded=degraded, position=at)
 
     async def follow(self) -> None:
         """Keep equal to Redis for ever.
@@ -252,7 +181,7 @@ class Replica:
                 backoff_s = _FIRST_BACKOFF_S
                 await self._follow_events()
             except Unavailable as error:
-                if not self.is_degraded or backoff_s == _FIRST_BACKOFF_S:
+                if not self.view.is_degraded or backoff_s == _FIRST_BACKOFF_S:
                     log.warning("Redis is away; serving from memory", extra={"reason": error.message})
                 self._degrade()
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
@@ -260,16 +189,16 @@ class Replica:
 
     async def _catch_up(self) -> None:
         state = await self._store.load()
-        lost_data = bool(self._at.dataset) and state.dataset != self._at.dataset
+        lost_data = bool(self.view.at.dataset) and state.dataset != self.view.at.dataset
         own = self._leases.live(self._clock())
-        for worker in self._directory.all():
+        for worker in self.view.directory.all():
             if lost_data or worker.worker_id in own:
                 await self._store.register(worker)
         await self._settle_debts()
         state = await self._store.load()
         memory = await self._read_blocks(state)
         self._take_over(state, memory)
-        log.info("following Redis", extra={"workers": len(self._directory), "lost_data": lost_data})
+        log.info("following Redis", extra={"workers": len(self.view.directory), "lost_data": lost_data})
 
     async def _settle_debts(self) -> None:
         """Tell Redis who left, and whose blocks it missed, while it was away."""
@@ -294,11 +223,8 @@ class Replica:
         return memory
 
     def _take_over(self, state: State, memory: BlockMemory) -> None:
-        self._at = Position(state.dataset, state.position)
-        self._directory.replace(state.workers)
-        self._memory = memory
+        self.view.replace(state.workers, memory, Position(state.dataset, state.position))
         self._metrics.entries.set(state.entries)
-        self.is_degraded = False
         self._metrics.degraded.set(0)
         self._feed.owe_snapshots()
         self.answered_once.set()
@@ -306,12 +232,12 @@ class Replica:
     async def _follow_events(self) -> None:
         """Returns when events were lost; then only a full load helps."""
         reconcile_at = self._clock() + self._reconcile_s
-        while not self.is_degraded:
-            numbered = await self._store.events_after(self._at.event, self._wait_ms)
-            if any(number != self._at.event + i for i, (number, _) in enumerate(numbered, start=1)):
+        while not self.view.is_degraded:
+            numbered = await self._store.events_after(self.view.at.event, self._wait_ms)
+            if any(number != self.view.at.event + i for i, (number, _) in enumerate(numbered, start=1)):
                 return
             if numbered:
-                self._apply([event for _, event in numbered], replace(self._at, event=numbered[-1][0]))
+                self._apply([event for _, event in numbered], replace(self.view.at, event=numbered[-1][0]))
             if self._clock() >= reconcile_at:
                 if not await self._reconcile():
                     return
@@ -320,54 +246,33 @@ class Replica:
     def _apply(self, events: Sequence[Event], position: Position) -> None:
         gathering, updates = Gathering(), list[Update]()
         for event in events:
-            updates += gathering.add(self._remembered(event))
-        self._at = position
+            updates += gathering.add(self.view.apply(event))
+        self.view.at = position
         for update in (*updates, gathering.rest(position)):
             self._feed.publish(update)
-
-    def _remembered(self, event: Event) -> list[Change]:
-        """Apply an event to what is known here; returns what watchers are to be told of it."""
-        match event:
-            case BlocksChanged():
-                changes = self._block_changes(event)
-                self._memory.blocks_changed(changes)
-                return list(changes)
-            case WorkerLeft():
-                members = self._directory.drop(event.worker_id, event.epoch)
-            case Worker():
-                members = self._directory.put(event)
-        self._memory.members_changed(members)
-        return list(members)
-
-    def _block_changes(self, changed: BlocksChanged) -> list[BlockChange]:
-        """None where the epoch is not a member any more: its blocks went with it."""
-        worker = self._directory.get(changed.worker_id)
-        if worker is None or worker.epoch != changed.epoch:
-            return []
-        return [BlockChange(worker.worker_id, worker.epoch, event, worker.model) for event in changed.events]
 
     async def _reconcile(self) -> bool:
         """Compare with Redis; False if it is another data set or behind what was read."""
         state = await self._store.load()
         self._metrics.entries.set(state.entries)
         self._metrics.redis_bytes.set(await self._store.used_bytes())
-        if state.dataset != self._at.dataset or state.position < self._at.event:
+        if state.dataset != self.view.at.dataset or state.position < self.view.at.event:
             return False
-        if state.position == self._at.event:
-            self._tell(self._directory.replace(state.workers))
+        if state.position == self.view.at.event:
+            self._tell(self.view.directory.replace(state.workers))
         return True
 
     async def keep(self, period_s: float) -> None:
         """End leases that are over and remove what they held, for ever."""
         while True:
             try:
-                if not self.is_degraded:
+                if not self.view.is_degraded:
                     await self._settle_debts()
                     await self._reap(until_s=self._clock() + period_s)
             except Unavailable as error:
                 log.warning("leases not looked at", extra={"reason": error.message})
             self._expire_locally()
-            self._metrics.show_memory(self._memory.usage())
+            self._metrics.show_memory(self.view.memory.usage())
             await asyncio.sleep(period_s)
 
     async def _reap(self, until_s: float) -> None:
@@ -382,19 +287,19 @@ class Replica:
     def _expire_locally(self) -> None:
         """Redis decides while it is there; the local clock only tells who went silent in its absence."""
         for worker_id in self._leases.expire(self._clock()):
-            worker = self._directory.get(worker_id)
-            if self.is_degraded and worker:
-                self._tell(self._directory.drop(worker_id, worker.epoch))
+            worker = self.view.directory.get(worker_id)
+            if self.view.is_degraded and worker:
+                self._tell(self.view.directory.drop(worker_id, worker.epoch))
 
     def _degrade(self) -> None:
-        if not self.is_degraded:
-            self.is_degraded = True
+        if not self.view.is_degraded:
+            self.view.is_degraded = True
             self._metrics.degraded.set(1)
             self._feed.publish(Update(degraded=True))
 
     def _tell(self, workers: Sequence[WorkerChange], blocks: Sequence[BlockChange] = ()) -> None:
         """Remember and publish changes that are not of the event stream."""
         if workers or blocks:
-            self._memory.members_changed(workers)
-            self._memory.blocks_changed(blocks)
-            self._feed.publish(Update(tuple(workers), tuple(blocks), degraded=self.is_degraded))
+            self.view.memory.members_changed(workers)
+            self.view.memory.blocks_changed(blocks)
+            self._feed.publish(Update(tuple(workers), tuple(blocks), degraded=self.view.is_degraded))

@@ -16,15 +16,18 @@ from omni_kvstore.blocks import Batch
 from omni_kvstore.membership import Worker
 from omni_kvstore.metrics import Metrics
 from omni_kvstore.replica import Replica
+from omni_kvstore.watches import Watches
 
 _SILENT_LEASES = 2
 
 
 class KvStoreServicer(KvStoreServiceServicer):
-    """Decodes the messages, calls the replica, encodes the answers."""
+    """Decodes the messages, calls replica and watches, encodes the answers."""
 
-    def __init__(self, replica: Replica, metrics: Metrics, *, lease_s: float, max_lookup_blocks: int) -> None:
-        self._replica, self._metrics = replica, metrics
+    def __init__(
+        self, replica: Replica, watches: Watches, metrics: Metrics, *, lease_s: float, max_lookup_blocks: int
+    ) -> None:
+        self._replica, self._watches, self._metrics = replica, watches, metrics
         self._lease_s, self._max_lookup_blocks = lease_s, max_lookup_blocks
 
     async def Register(
@@ -85,7 +88,7 @@ class KvStoreServicer(KvStoreServiceServicer):
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:
         version = 0
         interest, resume = wire.watch_from_wire(request)
-        async for update in self._replica.updates(interest, resume):
+        async for update in self._watches.updates(interest, resume):
             version += 1
             yield wire.update_to_wire(update, version)
 
