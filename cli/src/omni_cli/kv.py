@@ -1,7 +1,7 @@
 """Asking kvstore, workers and proxy what they know of KV blocks."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,30 +76,24 @@ class KvStoreClient:
 
     async def members(self, model: str = "") -> tuple[list[Member], bool]:
         """Members by name, and whether the store answers from memory because Redis is away."""
-        async with channel(self._address) as connected:
-            stub: Any = KvStoreServiceStub(connected)  # type: ignore[no-untyped-call]
-            answer = await self._answer(stub.ListWorkers(kvstore_pb.ListWorkersRequest(model=model)))
+        answer = await self._ask(lambda stub: stub.ListWorkers(kvstore_pb.ListWorkersRequest(model=model)))
         return sorted(map(_member, answer.workers), key=lambda member: member.worker_id), answer.degraded
 
     async def lookup(self, model: str, block_size: int, block_keys: bytes) -> list[Reached]:
         """How far each worker's prefix reaches, tier by tier."""
         request = kvstore_pb.LookupRequest(model=model, block_size=block_size, block_keys=block_keys)
-        async with channel(self._address) as connected:
-            stub: Any = KvStoreServiceStub(connected)  # type: ignore[no-untyped-call]
-            answer = await self._answer(stub.Lookup(request))
+        answer = await self._ask(lambda stub: stub.Lookup(request))
         return [Reached(match.worker_id, _tier(match), match.num_blocks) for match in answer.matches]
 
     async def held(self, worker_id: str) -> Held:
-        async with channel(self._address) as connected:
-            stub: Any = KvStoreServiceStub(connected)  # type: ignore[no-untyped-call]
-            request = kvstore_pb.ListBlocksRequest(worker_id=worker_id)
-            held: Held = await self._answer(_collected(stub.ListBlocks(request)))
+        request = kvstore_pb.ListBlocksRequest(worker_id=worker_id)
+        held: Held = await self._ask(lambda stub: _collected(stub.ListBlocks(request)))
         return held
 
-    async def _answer(self, call: Any) -> Any:
+    async def _ask(self, call: Callable[[Any], Awaitable[Any]]) -> Any:
         try:
-            async with asyncio.timeout(ASK_TIMEOUT_S):
-                return await call
+            async with channel(self._address) as connected, asyncio.timeout(ASK_TIMEOUT_S):
+                return await call(KvStoreServiceStub(connected))  # type: ignore[no-untyped-call]
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             raise NoAnswer(f"kvstore at {self._address}: {_why(error)}") from None
 

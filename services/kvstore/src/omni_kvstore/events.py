@@ -11,6 +11,7 @@ from omni_kvstore.blocks import POSITION_BYTES, Action, BlockEvent, pack_positio
 from omni_kvstore.membership import Worker, WorkerLeft
 
 MEDIA = range(1, 5)
+"""The wire's numbers: hbm, host, disk, remote."""
 _HEAD = struct.Struct(">BBI")
 _GIVEN = struct.Struct(">BBII")
 _CLEARED, _STORED, _REMOVED, _EVICTED = range(4)

@@ -256,6 +256,8 @@ class Replica:
         state = await self._store.load()
         self._metrics.entries.set(state.entries)
         self._metrics.redis_bytes.set(await self._store.used_bytes())
+        # Reads all holder sets, milliseconds in a large index.
+        self._metrics.show_memory(self.view.memory.usage())
         if state.dataset != self.view.at.dataset or state.position < self.view.at.event:
             return False
         if state.position == self.view.at.event:
@@ -272,7 +274,6 @@ class Replica:
             except Unavailable as error:
                 log.warning("leases not looked at", extra={"reason": error.message})
             self._expire_locally()
-            self._metrics.show_memory(self.view.memory.usage())
             await asyncio.sleep(period_s)
 
     async def _reap(self, until_s: float) -> None:

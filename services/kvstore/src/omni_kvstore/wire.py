@@ -5,6 +5,7 @@ from omni.kvstore.v1 import kvstore_service_pb2 as pb
 from omni_common.blocks import KEY_BYTES
 from omni_common.errors import InvalidRequest
 from omni_kvstore.blocks import Action, Batch, BlockChange, BlockEvent, Match, pack_positions, unpack_positions
+from omni_kvstore.events import MEDIA
 from omni_kvstore.feed import Interest, Position, Update
 from omni_kvstore.membership import Worker, WorkerChange
 from omni_kvstore.store import Standing
@@ -17,8 +18,7 @@ _ACTIONS = {
     pb.BLOCK_ACTION_CLEARED: Action.CLEARED,
 }
 _WIRE_ACTIONS = {action: number for number, action in _ACTIONS.items()}
-_MEDIA = range(1, 5)
-_POOL_MEDIA = range(2, 5)
+_POOL_MEDIA = MEDIA[1:]
 
 
 def worker_from_wire(info: engine_pb2.WorkerInfo, draining: bool) -> Worker:
@@ -64,7 +64,7 @@ def _event_from_wire(event: pb.BlockEvent) -> BlockEvent:
     action = _ACTIONS[event.action]
     if action is Action.CLEARED:
         return BlockEvent(action, 0, b"")
-    if event.medium not in _MEDIA:
+    if event.medium not in MEDIA:
         raise InvalidRequest(f"unknown medium {event.medium}", field="events.medium")
     keys = checked_keys(event.block_keys, "events.block_keys")
     if len(event.span) != KEY_BYTES:
