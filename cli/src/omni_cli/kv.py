@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import httpx
@@ -121,7 +122,7 @@ class KvStoreClient:
 
 
 class ProxyPages:
-    """The proxy's pages on its replica of the index. Raises NoAnswer when it cannot be asked."""
+    """The proxy's pages on its replica of the index and its decisions. Raises NoAnswer when it cannot be asked."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -134,6 +135,12 @@ class ProxyPages:
 
     async def summary(self) -> dict[str, Any]:
         return await self._ask("GET", "/kv")
+
+    async def decision(self, request_id: str, limit: int) -> dict[str, Any]:
+        return await self._ask("GET", f"/decisions/{quote(request_id, safe='')}?limit={limit}")
+
+    async def decisions(self, limit: int) -> dict[str, Any]:
+        return await self._ask("GET", f"/decisions?limit={limit}")
 
     async def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from omni_cli import __version__, doctor, logfiles, report
 from omni_cli.chat import Answer, ChatClient
 from omni_cli.errors import CliError, InvalidOptions, NoSuchStack
+from omni_cli.explain_commands import EXPLAIN_EPILOG, explain
 from omni_cli.facts import probe_facts
 from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
@@ -23,6 +24,7 @@ from omni_cli.options import Home, Name, Port, chosen, examples, files_of
 from omni_cli.plan import StackOptions
 from omni_cli.status import read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
+from omni_cli.workers_commands import workers_app
 
 EXIT_UNHEALTHY = 3
 FOLLOW_INTERVAL_S = 0.2
@@ -37,6 +39,8 @@ app = typer.Typer(
 )
 
 app.add_typer(kv_app, name="kv")
+app.add_typer(workers_app, name="workers")
+app.command(epilog=EXPLAIN_EPILOG)(explain)
 
 
 @app.command(

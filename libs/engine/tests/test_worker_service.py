@@ -1,8 +1,14 @@
 import asyncio
+import sys
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from decode_client import session
 
 from omni.engine.v1 import engine_pb2
 from omni.engine.v1.worker_service_pb2 import DescribeRequest, DrainRequest, WatchStatsRequest
@@ -30,22 +36,10 @@ async def test_describe(hosted):
         assert dict(info.labels) == {"host": "a"}
 
 
-@pytest.mark.parametrize(
-    ("role", "mounted"),
-    [("prefill", {"prefill"}), ("decode", {"decode"}), ("both", {"prefill", "decode"})],
-)
-async def test_role_decides_what_is_served(hosted, role, mounted):
-    async with hosted(role=role) as worker:
-        health = health_pb2_grpc.HealthStub(worker.channel)
-        for part in ("prefill", "decode"):
-            name = f"omni.{part}.v1.{part.title()}Service"
-            check = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
-            if part in mounted:
-                assert (await check).status == health_pb2.HealthCheckResponse.SERVING
-            else:
-                with pytest.raises(grpc.aio.AioRpcError) as unknown:
-                    await check
-                assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+async def test_group_is_a_label(hosted):
+    async with hosted(labels={"host": "a"}, group="west") as worker:
+        info = (await worker.worker.Describe(DescribeRequest(), timeout=5)).info
+        assert dict(info.labels) == {"host": "a", "omni.group": "west"}
 
 
 async def test_stats_come_at_once_and_on_change(hosted):
@@ -58,9 +52,28 @@ async def test_stats_come_at_once_and_on_change(hosted):
             pass
         assert load.kv_usage > 0
         assert load.computed_prompt_tokens == 50
+        watch.cancel()
+
+
+async def test_draining_is_told_at_once(hosted):
+    """Long before the interval is over."""
+    async with hosted() as worker, asyncio.timeout(10):
+        watch = worker.worker.WatchStats(WatchStatsRequest(min_interval_ms=3_600_000))
+        assert not (await watch.read()).draining
         worker.host.admission.set_draining(True)
-        while not (await watch.read()).draining:
-            pass
+        assert (await watch.read()).draining
+        watch.cancel()
+
+
+async def test_load_is_told_once_per_interval(hosted):
+    async with hosted() as worker, asyncio.timeout(10):
+        watch = worker.worker.WatchStats(WatchStatsRequest(min_interval_ms=60))
+        loads, started_s = 0, asyncio.get_running_loop().time()
+        for number in range(12):
+            await worker.prefill.Prefill(request(f"p{number}"), timeout=5)
+        while (await watch.read()).leases < 12:
+            loads += 1
+        assert loads <= 1 + (asyncio.get_running_loop().time() - started_s) / 0.06
         watch.cancel()
 
 
@@ -85,6 +98,20 @@ async def test_drain_waits_for_leases(hosted):
         assert (answer.drained, answer.leases) == (True, 0)
         await worker.worker.Drain(DrainRequest(resume=True), timeout=5)
         await worker.prefill.Prefill(request("q"), timeout=5)
+
+
+async def test_drain_lets_sequences_and_prefills_finish(hosted, until):
+    async with hosted(sim={"faults": {"slow_factor": 20}}) as worker, session(worker, "a") as client:
+        await client.submit(1, max_tokens=5)
+        running = worker.prefill.Prefill(request(), timeout=10)
+        await until(lambda: worker.host.admission.active == 2)
+        draining = worker.worker.Drain(DrainRequest(), timeout=10)
+        answer = await running
+        await client.until_finished(1)
+        assert len(client.tokens[1]) == 5
+        assert not draining.done()
+        await worker.prefill.ReleaseKv(ReleaseKvRequest(lease_id=answer.kv_handle.lease_id), timeout=5)
+        assert (await draining).drained
 
 
 async def test_not_serving_until_loaded(hosted):

@@ -137,6 +137,10 @@ class FakeWorker:
     async def ListBlocks(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.ListBlocksResponse]:
         yield worker_service_pb2.ListBlocksResponse(epoch=self.epoch)
 
+    async def SetRole(self, request: Any, context: Any) -> worker_service_pb2.SetRoleResponse:
+        previous, self.role = self.role, request.role
+        return worker_service_pb2.SetRoleResponse(role=self.role, previous=previous)
+
     async def Drain(self, request: Any, context: Any) -> worker_service_pb2.DrainResponse:
         return worker_service_pb2.DrainResponse(drained=True)
 
@@ -357,7 +361,12 @@ async def start(model_dir: Path) -> AsyncIterator[StackFactory]:
 
 @asynccontextmanager
 async def proxy_of(model_dir: Path, workers: dict[str, FakeWorker], overrides: dict[str, Any]) -> AsyncIterator[Stack]:
-    values = {"model_dir": model_dir, "workers": tuple(w.address for w in workers.values()), "resume_timeout_s": 2.0}
+    values = {
+        "model_dir": model_dir,
+        "workers": tuple(w.address for w in workers.values()),
+        "resume_timeout_s": 2.0,
+        "policy": "least_uncached_tokens",
+    }
     registry, exporter, provider = CollectorRegistry(), InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     async with running(Settings.model_validate(values | overrides), registry, provider.get_tracer("test")) as proxy:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from omni_common._prefix_kernels import EXPECTED, U32, U64
 from omni_common._prefix_table import BlockTable
@@ -98,6 +99,15 @@ class Prefixes:
         # Made when first asked for: a list is read faster than an array.
         self._listed = self._listed or self._depths.tolist()
         return tuple(self._listed[bit])
+
+    def matrix(self, members: Sequence[str]) -> NDArray[np.int64]:
+        """As `of`, of many members: members x tiers."""
+        bits = np.array([self._workers.get(member, -1) for member in members], np.intp)
+        result = np.tile(np.array(self._pooled, np.int64), (len(bits), 1))
+        if self._longest:
+            known = bits >= 0
+            result[known] = self._depths[bits[known]]
+        return result
 
     def longest(self) -> int:
         """Blocks that some member, or pools, have on any tier."""

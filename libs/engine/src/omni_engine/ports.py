@@ -87,10 +87,18 @@ class KvHandle:
 
 @dataclass(frozen=True, slots=True)
 class PrefillJob:
+    """`uncached_tokens` is what the caller believes is to be computed; None: all of the prompt."""
+
     request_id: str
     token_ids: Sequence[int]
     sampling: SamplingParams
     cache_salt: str = ""
+    uncached_tokens: int | None = None
+
+    @property
+    def believed_tokens(self) -> int:
+        """Prompt tokens that count as queued until the engine knows better."""
+        return _at_most(len(self.token_ids), self.uncached_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +117,8 @@ class PrefillResult:
 class DecodeJob:
     """`token_ids` are the prompt and then `num_output_tokens` tokens generated elsewhere.
 
-    With a handle its `num_tokens` leading tokens are pulled; without one all are computed here.
+    With a handle its `num_tokens` leading tokens are pulled; without one all are computed here. `uncached_tokens` is
+    what the caller believes is to be computed; None: all that is not pulled.
     """
 
     request_id: str
@@ -118,6 +127,13 @@ class DecodeJob:
     num_output_tokens: int = 0
     kv_handle: KvHandle | None = None
     cache_salt: str = ""
+    uncached_tokens: int | None = None
+
+    @property
+    def believed_tokens(self) -> int:
+        """Prompt tokens that count as queued until the engine knows better."""
+        pulled = self.kv_handle.num_tokens if self.kv_handle is not None and self.uncached_tokens is None else 0
+        return max(0, _at_most(len(self.token_ids), self.uncached_tokens) - pulled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +166,8 @@ StepSink = Callable[[list[SequenceOutput]], None]
 class EngineInfo:
     """What an engine is; constant while it lives. Counts are in tokens and blocks.
 
-    A prefix block is held when all `num_block_groups` groups of layers hold it.
+    A prefix block is held when all `num_block_groups` groups of layers hold it. `fixed_role` says what the engine was
+    started for where it cannot do anything else, and how to start it so that it can; empty: it takes any role.
     """
 
     model: str
@@ -166,11 +183,16 @@ class EngineInfo:
     num_moe_layers: int = 0
     num_experts: int = 0
     num_block_groups: int = 1
+    fixed_role: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Load as the engine last reported it."""
+    """Load as the engine last reported it.
+
+    `context_tokens` are those of the sequences that generate. `steps` are the steps so far that generated and whose
+    wall time is known; `busy_ms` is the sum of these times.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -180,6 +202,9 @@ class EngineStats:
     step_ms: float = 0.0
     generated_tokens: int = 0
     computed_prompt_tokens: int = 0
+    context_tokens: int = 0
+    steps: int = 0
+    busy_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,3 +305,7 @@ class Engine(Protocol):
         """Returns why, once the engine has died on its own."""
 
     async def close(self) -> None: ...
+
+
+def _at_most(limit: int, given: int | None) -> int:
+    return limit if given is None else min(limit, given)

@@ -111,7 +111,7 @@ class VllmEngine:
         core_id = self._core_id(job.request_id)
         params = self._sampling(job.sampling, dict(_KEEP_FOR_PULL) if wants_handle else None, max_tokens=1)
         done: asyncio.Future[tuple[Any, float]] = asyncio.get_running_loop().create_future()
-        pending = PendingPrefill(core_id, job.request_id, len(job.token_ids), time.monotonic(), done)
+        pending = PendingPrefill(core_id, job.request_id, job.believed_tokens, time.monotonic(), done)
         await self._add(core_id, job.token_ids, params, job.cache_salt, pending)
         try:
             output, timestamp_s = await done
@@ -142,7 +142,13 @@ class VllmEngine:
         params = self._sampling(job.sampling, transfer)
         core_id = self._core_id(job.request_id)
         sequence = RunningSequence(
-            core_id, job.request_id, len(job.token_ids), time.monotonic(), sink, expects_pull=transfer is not None
+            core_id,
+            job.request_id,
+            len(job.token_ids),
+            job.believed_tokens,
+            time.monotonic(),
+            sink,
+            expects_pull=transfer is not None,
         )
         await self._add(core_id, job.token_ids, params, job.cache_salt, sequence)
 
@@ -330,6 +336,7 @@ def _describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings,
         num_moe_layers=shape.num_hidden_layers - dense if experts else 0,
         num_experts=experts,
         num_block_groups=max(1, len(groups)),
+        fixed_role=plan.fixed_role,
     )
 
 

@@ -21,12 +21,16 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """What one engine start needs: vLLM arguments, environment, and a folder for its KV events, not made yet."""
+    """What one engine start needs: vLLM arguments, environment, and a folder for its KV events, not made yet.
+
+    `fixed_role` as in `EngineInfo`.
+    """
 
     arguments: dict[str, Any]
     environment: dict[str, str]
     engine_id: str
     events_dir: Path | None
+    fixed_role: str
 
     @property
     def events_endpoint(self) -> str:
@@ -66,7 +70,7 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
         arguments["kv_cache_memory_bytes"] = int(cache_gib * _GIB)
     if settings.kv_connector:
         arguments["kv_transfer_config"] = _kv_transfer(settings, role, engine_id)
-    plan = LaunchPlan(arguments, _environment(settings), engine_id, events_dir)
+    plan = LaunchPlan(arguments, _environment(settings), engine_id, events_dir, _fixed_role(settings, role))
     if events_dir:
         arguments["kv_events_config"] = {
             "enable_kv_cache_events": True,
@@ -94,10 +98,22 @@ def _core_range(part: str) -> range:
     return range(int(first), int(last if dash else first) + 1)
 
 
+def _kv_role(settings: VllmSettings, role: Role) -> str:
+    """What the KV connector is started for. vLLM keeps blocks from being reused too early only where it may pull."""
+    return _KV_ROLES["both" if settings.any_role else role]
+
+
+def _fixed_role(settings: VllmSettings, role: Role) -> str:
+    started_for = _kv_role(settings, role)
+    if not settings.kv_connector or started_for == "kv_both":
+        return ""
+    return f"the KV connector was started as {started_for}; a worker started with vllm.any_role can change its role"
+
+
 def _kv_transfer(settings: VllmSettings, role: Role, engine_id: str) -> dict[str, Any]:
     return {
         "kv_connector": settings.kv_connector,
-        "kv_role": _KV_ROLES[role],
+        "kv_role": _kv_role(settings, role),
         "engine_id": engine_id,
         "kv_buffer_device": "cpu" if settings.platform == "cpu" else "cuda",
         # A pull that fails is computed again on the decode engine instead of failing the request.

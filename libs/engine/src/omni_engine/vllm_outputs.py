@@ -25,22 +25,25 @@ class PendingPrefill:
 
     core_id: str
     request_id: str
-    num_tokens: int
+    believed_tokens: int
     submitted_s: float
     done: asyncio.Future[tuple[Any, float]]
 
 
 @dataclass(slots=True)
 class RunningSequence:
+    """`num_tokens` were submitted, `believed_tokens` of them count as queued until the first token."""
+
     core_id: str
     request_id: str
     num_tokens: int
+    believed_tokens: int
     submitted_s: float
     sink: StepSink
     expects_pull: bool
     queued_s: float = 0.0
     scheduled_s: float = 0.0
-    num_scheduled: int = 0
+    generated: int = 0
     cached_tokens: int = 0
     pulled_tokens: int = 0
     has_started: bool = False
@@ -59,11 +62,14 @@ class Tracker:
     step_ms: float = 0.0
     generated_tokens: int = 0
     computed_prompt_tokens: int = 0
+    context_tokens: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
     _last_step_s: float = 0.0
-    _was_busy: bool = False
+    _is_busy: bool = False
 
     def add(self, work: PendingPrefill | RunningSequence) -> None:
-        self.queued_tokens += work.num_tokens
+        self.queued_tokens += work.believed_tokens
         if isinstance(work, PendingPrefill):
             self.prefills[work.core_id] = work
         else:
@@ -71,12 +77,13 @@ class Tracker:
 
     def drop(self, core_id: str) -> PendingPrefill | RunningSequence | None:
         """Forget work that will give no further output."""
-        if (prefill := self.prefills.pop(core_id, None)) is not None:
-            self.queued_tokens -= prefill.num_tokens
-            return prefill
-        if (sequence := self.sequences.pop(core_id, None)) is not None and not sequence.has_started:
-            self.queued_tokens -= sequence.num_tokens
-        return sequence
+        work = self.prefills.pop(core_id, None) or self.sequences.pop(core_id, None)
+        if isinstance(work, RunningSequence) and work.has_started:
+            self.context_tokens -= work.num_tokens + work.generated
+        elif work is not None:
+            self.queued_tokens -= work.believed_tokens
+        self._is_busy &= self._has_work
+        return work
 
     def core_ids(self, request_ids: Sequence[str]) -> list[str]:
         wanted = frozenset(request_ids)
@@ -96,6 +103,7 @@ class Tracker:
                 self._finish_prefill(output, outputs.timestamp)
             else:
                 unclaimed.append(output)
+        self._is_busy = self._has_work
         for sink, batch in by_sink.items():
             sink(batch)
         return unclaimed
@@ -111,7 +119,8 @@ class Tracker:
             prefill.done.cancel()
         self.sequences.clear()
         self.prefills.clear()
-        self.queued_tokens = self.running = self.waiting = 0
+        self.queued_tokens = self.context_tokens = self.running = self.waiting = 0
+        self._is_busy = False
         for sink, batch in by_sink.items():
             sink(batch)
 
@@ -125,6 +134,9 @@ class Tracker:
             step_ms=self.step_ms,
             generated_tokens=self.generated_tokens,
             computed_prompt_tokens=self.computed_prompt_tokens,
+            context_tokens=self.context_tokens,
+            steps=self.steps,
+            busy_ms=self.busy_s * 1e3,
         )
 
     def _count(self, outputs: Any) -> None:
@@ -132,16 +144,24 @@ class Tracker:
             self.running = stats.num_running_reqs
             self.waiting = stats.num_waiting_reqs + getattr(stats, "num_skipped_waiting_reqs", 0)
             self.kv_usage = stats.kv_cache_usage
-        if outputs.outputs:
-            gap_s = outputs.timestamp - self._last_step_s
-            if self._was_busy and 0 < gap_s < _IDLE_GAP_S:
-                self.step_ms += _STEP_SMOOTHING * (gap_s * 1e3 - self.step_ms)
-            self._last_step_s = outputs.timestamp
-        self._was_busy = self.running > 0
+        self._time_step(outputs.timestamp, is_generating=bool(outputs.outputs))
+
+    def _time_step(self, timestamp_s: float, *, is_generating: bool) -> None:
+        """vLLM reports every step at its end; one that followed another without a pause began when that ended."""
+        step_s = timestamp_s - self._last_step_s
+        if is_generating and self._is_busy and 0 < step_s < _IDLE_GAP_S:
+            self.step_ms += _STEP_SMOOTHING * (step_s * 1e3 - self.step_ms)
+            self.steps += 1
+            self.busy_s += step_s
+        self._last_step_s = timestamp_s
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self.prefills or self.sequences)
 
     def _finish_prefill(self, output: Any, timestamp_s: float) -> None:
         prefill = self.prefills.pop(output.request_id)
-        self.queued_tokens -= prefill.num_tokens
+        self.queued_tokens -= prefill.believed_tokens
         self.generated_tokens += len(output.new_token_ids)
         if (stats := output.prefill_stats) is not None:
             self.computed_prompt_tokens += stats.num_computed_tokens
@@ -155,9 +175,13 @@ class Tracker:
         result = SequenceOutput(sequence.request_id, tokens)
         if tokens and not sequence.has_started:
             sequence.has_started = True
-            self.queued_tokens -= sequence.num_tokens
+            self.queued_tokens -= sequence.believed_tokens
+            self.context_tokens += sequence.num_tokens
             result.start = _start(sequence, timestamp_s)
             self.computed_prompt_tokens += sequence.num_tokens - sequence.cached_tokens - result.start.pulled_tokens
+        sequence.generated += len(tokens)
+        if sequence.has_started:
+            self.context_tokens += len(tokens)
         if output.new_logprobs is not None:
             result.logprobs = logprobs_of(output.new_logprobs)
         if output.finish_reason is not None:

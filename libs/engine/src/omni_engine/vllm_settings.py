@@ -28,6 +28,9 @@ class VllmSettings(BaseModel):
     )
     enable_prefix_caching: bool = True
     kv_connector: Literal["NixlConnector", ""] = "NixlConnector"
+    any_role: bool = Field(
+        False, description="Start the KV connector for both legs, so that the worker's role may change"
+    )
     kv_host: str = Field("127.0.0.1", description="Address other engines reach the KV connector's side channel by")
     kv_port: int = Field(0, ge=0, le=65535, description="Side channel port; 0 picks a free one")
     kv_transports: str = Field("shm,cma,tcp,self", description="UCX transports; 'rc,tcp,self' or similar between hosts")

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from omni_common.errors import Cancelled, DeadlineExceeded, Internal, OmniError
 from omni_proxy.choice import Choice, Piece
+from omni_proxy.eager_send import EagerSend
 from omni_proxy.generation import Generation
 from omni_proxy.openai_answers import DONE, Envelope, Events, Usage, WholeChoice, usage_event
 from omni_proxy.openai_errors import error_body, error_event, error_headers, status_of
@@ -60,7 +61,7 @@ class GenerationResponse(Response):
     def __init__(
         self,
         generation: Generation,
-        make_writer: Callable[[Send, dict[str, str]], Writer],
+        make_writer: Callable[[EagerSend, dict[str, str]], Writer],
         model: str,
         release: Callable[[], None],
     ) -> None:
@@ -81,7 +82,8 @@ class GenerationResponse(Response):
             await asyncio.gather(work, gone, return_exceptions=True)
             self._release()
 
-    async def _work(self, send: Send) -> None:
+    async def _work(self, asgi_send: Send) -> None:
+        send = EagerSend(asgi_send)
         writer = self._make_writer(send, {"x-request-id": self._generation.request_id})
         error: OmniError | None = Cancelled("the client is gone")
         status = _CLIENT_GONE_STATUS
@@ -94,6 +96,7 @@ class GenerationResponse(Response):
         except TimeoutError:
             log.info("a client took no error")
         finally:
+            send.close()
             self._generation.finished(status, self._model, error)
 
     async def _run(self, writer: Writer) -> OmniError | None:
@@ -119,11 +122,14 @@ class GenerationResponse(Response):
 
 
 class StreamWriter:
-    """Server-sent events. The status is sent with the first piece, so that earlier failures have their own."""
+    """Server-sent events. The status is sent with the first piece, so that earlier failures have their own.
+
+    Where an answer is nothing but text, that of whole step frames goes through outlets.
+    """
 
     def __init__(
         self,
-        send: Send,
+        send: EagerSend,
         headers: dict[str, str],
         generation: Generation,
         envelope: Envelope,
@@ -138,15 +144,12 @@ class StreamWriter:
         self._form = form
         self._continuous = continuous
         self._states = [_StreamState(form.make_events(envelope, c.index)) for c in generation.choices]
-        self._is_plain = not (form.parses_tool_calls or form.rows_to_json or form.echoes or continuous)
+        if not (form.parses_tool_calls or form.rows_to_json or form.echoes or continuous):
+            for choice, state in zip(generation.choices, self._states, strict=True):
+                choice.outlet = _StreamOutlet(send, state)
 
     async def piece(self, choice: Choice, piece: Piece) -> None:
         state = self._states[choice.index]
-        if self._is_plain and state.opened and piece.finish_reason is None:
-            if piece.text:
-                body = state.events.text(piece.text, None, None)
-                await self._send({"type": "http.response.body", "body": body, "more_body": True})
-            return
         body = self._full_piece(state, choice, piece)
         if not self.started:
             self.started = True
@@ -203,6 +206,8 @@ class WholeWriter:
         self._envelope = envelope
         self._form = form
         self._pieces: list[list[Piece]] = [[] for _ in generation.choices]
+        for choice, pieces in zip(generation.choices, self._pieces, strict=True):
+            choice.outlet = _WholeOutlet(pieces)
 
     async def piece(self, choice: Choice, piece: Piece) -> None:
         self._pieces[choice.index].append(piece)
@@ -231,6 +236,37 @@ class WholeWriter:
             logprobs=self._form.rows_to_json(rows, 0) if self._form.rows_to_json else None,
             tool_calls=parser.calls,
         )
+
+
+class _WholeOutlet:
+    """Always open."""
+
+    __slots__ = ("_pieces", "is_open")
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self._pieces = pieces
+        self.is_open = True
+
+    def show(self, text: str) -> None:
+        self._pieces.append(Piece(text))
+
+
+class _StreamOutlet:
+    """Open once the choice is, while the client keeps up."""
+
+    __slots__ = ("_send", "_state")
+
+    def __init__(self, send: EagerSend, state: "_StreamState") -> None:
+        self._send = send
+        self._state = state
+
+    @property
+    def is_open(self) -> bool:
+        return self._state.opened and self._send.is_clear
+
+    def show(self, text: str) -> None:
+        body = self._state.events.text(text, None, None)
+        self._send.at_once({"type": "http.response.body", "body": body, "more_body": True})
 
 
 @dataclass(slots=True)

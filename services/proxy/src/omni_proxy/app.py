@@ -18,19 +18,24 @@ from omni_common.rpc import channel
 from omni_proxy.admission import Admission
 from omni_proxy.bodies import HttpLimits
 from omni_proxy.fleet import Fleet, Worker
+from omni_proxy.flow.gate import FlowGate
+from omni_proxy.flow.metrics import FlowMetrics
+from omni_proxy.flow.queue import FlowQueue
+from omni_proxy.flow.settings import FlowSettings
 from omni_proxy.http import Api, create_app
 from omni_proxy.kv_pages import KvPages
-from omni_proxy.ledger import Ledger
 from omni_proxy.links import WorkerLink
 from omni_proxy.membership import KvStoreMembership, StaticMembership
 from omni_proxy.metrics import Metrics
 from omni_proxy.openai_requests import Served
 from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.replica import Replica
+from omni_proxy.room import FleetRoom
 from omni_proxy.roster import Roster
 from omni_proxy.scheduling.forecast import LoadCost
-from omni_proxy.scheduling.policy import POLICIES
-from omni_proxy.sequence import Limits, Scheduler
+from omni_proxy.scheduling.interfaces import Policy
+from omni_proxy.scheduling.policies import policy_of
+from omni_proxy.sequence import Limits, OutputLengths, Scheduler
 from omni_proxy.settings import Settings
 from omni_proxy.status import StatusPages
 from omni_proxy.text import ModelText
@@ -57,7 +62,7 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
     await asyncio.to_thread(warm_up)
     fleet = _fleet(settings, metrics)
     admission = Admission(settings.max_inflight, metrics)
-    proxy_id = settings.proxy_id or f"proxy-{socket.gethostname()}-{os.getpid()}"
+    proxy_id = _proxy_id(settings)
 
     def connect(address: str) -> grpc.aio.Channel:
         return channel(address, tls=settings.tls, idempotent=(_RELEASE_KV, _DESCRIBE))
@@ -90,6 +95,10 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
             await asyncio.gather(*sources, return_exceptions=True)
 
 
+def _proxy_id(settings: Settings) -> str:
+    return settings.proxy_id or f"proxy-{socket.gethostname()}-{os.getpid()}"
+
+
 def _fleet(settings: Settings, metrics: Metrics) -> Fleet:
     def make_index() -> PrefixIndex:
         return PrefixIndex(max_blocks=settings.index_blocks)
@@ -100,18 +109,30 @@ def _fleet(settings: Settings, metrics: Metrics) -> Fleet:
         "remote": LoadCost(0.0, settings.remote_ms_per_block),
     }
     replica = Replica(make_index, settings.expected_ttl_s, metrics.prefix)
-    return Fleet(settings.model, Ledger(), replica, load_costs)
+    return Fleet(settings.model, replica, load_costs, now=asyncio.get_running_loop().time)
+
+
+def _policy(settings: Settings) -> Policy:
+    values = {"disaggregate_min_tokens": settings.disaggregate_min_tokens} if settings.disaggregate_min_tokens else {}
+    return policy_of(settings.policy, values)
+
+
+def _gate(fleet: Fleet, flow: FlowSettings, registry: CollectorRegistry) -> FlowGate:
+    return FlowGate(FlowQueue(flow), FleetRoom(fleet, flow.lookahead_ms), FlowMetrics(registry))
 
 
 def _api(
     settings: Settings, text: ModelText, fleet: Fleet, metrics: Metrics, admission: Admission, tracer: Tracer
 ) -> Api:
-    policy = POLICIES[settings.policy](settings.disaggregate_min_tokens)
+    policy = _policy(settings)
+    gate = _gate(fleet, FlowSettings(), metrics.registry)
     limits = Limits(settings.max_attempts, settings.resume_timeout_s)
     defaults = text.sampling_defaults if settings.generation_defaults == "model" else {}
     keys = PromptKeys(settings.model, KeyCache(settings.key_cache_bytes), metrics.prefix)
     return Api(
-        scheduler=Scheduler(fleet, policy, metrics, settings.model, limits, keys),
+        scheduler=Scheduler(
+            fleet, policy, metrics, settings.model, limits, keys, OutputLengths(), gate, _proxy_id(settings)
+        ),
         text=text,
         served=Served(
             settings.model, settings.model_aliases, text.vocab_size, defaults, settings.max_sequences_per_request

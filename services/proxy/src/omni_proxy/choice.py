@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Protocol
 
 from omni_proxy.detokenize import Detokenizer
 from omni_proxy.lifecycle import SequenceRun
@@ -31,61 +32,110 @@ class Piece:
     stop: str | None = None
 
 
+class Outlet(Protocol):
+    """Takes a choice's text in the callback that brought its tokens. Nothing in it waits."""
+
+    @property
+    def is_open(self) -> bool:
+        """Plain text can be taken now."""
+
+    def show(self, text: str) -> None: ...
+
+
 class Choice:
-    """Drains one `SequenceRun`; `output_tokens` counts what the answer holds."""
+    """Drains one `SequenceRun`; `output_tokens` counts what the answer holds.
+
+    With an `outlet`, plain text goes there while it is open, without waking the task that iterates `pieces`.
+    """
 
     def __init__(self, index: int, run: SequenceRun, detokenizer: Detokenizer, rules: TextRules) -> None:
         self.index = index
         self.run = run
+        self.outlet: Outlet | None = None
         self.output_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.text_s = 0.0
         self._detokenizer = detokenizer
         self._rules = rules
         self._matcher = StopMatcher(rules.stops, rules.include_stop) if rules.stops else None
+        self._stopped: Piece | None = None
+        self._failure: Exception | None = None
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Text as it comes. Close the iterator to abort the sequence."""
-        async with aclosing(self.run.stream()) as batches:
+        show = None if self.outlet is None else self._show
+        async with aclosing(self.run.stream(show)) as batches:
             async for batch in batches:
+                if self._failure is not None:
+                    raise self._failure
                 began = time.perf_counter()
-                piece = self._piece(batch)
+                piece = self._stopped or self._piece(batch)
                 self.text_s += time.perf_counter() - began
                 self.finish_reason = piece.finish_reason
                 yield piece
                 if piece.finish_reason is not None:
                     return
 
+    def _show(self, token_ids: Sequence[int]) -> bool:
+        """The `Show` of the sequence's feed.
+
+        What a stop string or an error ends here is told by `pieces`, which the refusal wakes.
+        """
+        outlet = self.outlet
+        if outlet is None or not outlet.is_open or self._stopped is not None or self._failure is not None:
+            return False
+        try:
+            began = time.perf_counter()
+            text = self._text(token_ids, len(token_ids))
+            self.text_s += time.perf_counter() - began
+            if self._matcher is not None and self._matcher.matched is not None:
+                self._stopped = Piece(text, (), FinishReason.STOP, self._matcher.matched)
+                return False
+            if text:
+                outlet.show(text)
+        except Exception as error:
+            # Other sequences share the callback: an error ends only this one.
+            self._failure = error
+            return False
+        return True
+
     def _piece(self, batch: TokenBatch) -> Piece:
-        if self._matcher is not None:
-            return self._matched_piece(batch, self._matcher)
-        self.output_tokens += len(batch.token_ids)
-        text = self._detokenizer.push(self._shown(batch))
-        if batch.finish_reason is not None:
-            text += self._detokenizer.flush()
-        return Piece(text, batch.logprobs, batch.finish_reason)
+        before, matcher = self.output_tokens, self._matcher
+        text = self._text(batch.token_ids, self._num_shown(batch))
+        if matcher is not None and matcher.matched is not None:
+            rows = batch.logprobs[: self.output_tokens - before]
+            return Piece(text, rows, FinishReason.STOP, matcher.matched)
+        if batch.finish_reason is None:
+            return Piece(text, batch.logprobs)
+        rest = self._detokenizer.flush()
+        if matcher is not None:
+            rest = matcher.push(rest)
+            if matcher.matched is not None:
+                return Piece(text + rest, batch.logprobs, FinishReason.STOP, matcher.matched)
+            rest += matcher.flush()
+        return Piece(text + rest, batch.logprobs, batch.finish_reason)
 
-    def _matched_piece(self, batch: TokenBatch, matcher: StopMatcher) -> Piece:
-        """Token by token, so that the token that completes a stop string is the last one counted."""
-        shown, parts = self._shown(batch), list[str]()
-        for position, token_id in enumerate(batch.token_ids):
+    def _text(self, token_ids: Sequence[int], num_shown: int) -> str:
+        """Text of the first `num_shown` tokens that no stop string can take back; counts all tokens.
+
+        With stop strings it goes token by token, so that the token that completes one is the last one counted.
+        """
+        matcher, push = self._matcher, self._detokenizer.push
+        if matcher is None:
+            self.output_tokens += len(token_ids)
+            return push(token_ids[:num_shown])
+        parts = []
+        for position in range(len(token_ids)):
             self.output_tokens += 1
-            text = self._detokenizer.push([token_id]) if position < len(shown) else ""
-            if self.output_tokens <= self._rules.min_tokens:
-                parts.append(text)
-                continue
-            parts.append(matcher.push(text))
+            text = push(token_ids[position : position + 1]) if position < num_shown else ""
+            if self.output_tokens > self._rules.min_tokens:
+                text = matcher.push(text)
+            parts.append(text)
             if matcher.matched is not None:
-                return Piece("".join(parts), batch.logprobs[: position + 1], FinishReason.STOP, matcher.matched)
-        if batch.finish_reason is not None:
-            parts.append(matcher.push(self._detokenizer.flush()))
-            if matcher.matched is not None:
-                return Piece("".join(parts), batch.logprobs, FinishReason.STOP, matcher.matched)
-            parts.append(matcher.flush())
-        return Piece("".join(parts), batch.logprobs, batch.finish_reason)
+                break
+        return "".join(parts)
 
-    def _shown(self, batch: TokenBatch) -> Sequence[int]:
+    def _num_shown(self, batch: TokenBatch) -> int:
         """All tokens but an end token, which is not part of the text."""
-        if batch.finish_reason is FinishReason.STOP and not self._rules.include_stop:
-            return batch.token_ids[:-1]
-        return batch.token_ids
+        is_ended = batch.finish_reason is FinishReason.STOP and not self._rules.include_stop
+        return max(0, len(batch.token_ids) - 1) if is_ended else len(batch.token_ids)

@@ -1,10 +1,11 @@
 """The tokens of one running sequence between the session that receives them and the writer that waits.
 
-One writer waits on a feed; the session fills it from the step frames and wakes it once per frame.
+One writer waits on a feed; the session fills it from the step frames and wakes it once per frame. Waking a task costs
+more than showing a token does, so a writer may leave a function behind that shows plain tokens while it waits.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,14 @@ class End:
     rejected: bool = False
 
 
+# Shows tokens and returns True, or returns False and leaves them to the writer. It neither waits nor raises.
+Show = Callable[[Sequence[int]], bool]
+
+
 class Feed:
     """Filled by one session, drained by one writer. `tokens` is bounded by the sequence's max_tokens."""
 
-    __slots__ = ("_waiter", "end", "logprobs", "start", "stream_id", "tokens")
+    __slots__ = ("_show", "_shown", "_waiter", "end", "logprobs", "start", "stream_id", "tokens")
 
     def __init__(self, stream_id: int) -> None:
         self.stream_id = stream_id
@@ -37,7 +42,27 @@ class Feed:
         self.logprobs: list[LogprobRow] = []
         self.start: SequenceStart | None = None
         self.end: End | None = None
+        self._show: Show | None = None
+        self._shown: list[int] = []
         self._waiter: asyncio.Future[None] | None = None
+
+    def divert(self, show: Show | None, shown: list[int]) -> None:
+        """From now on `show` may take tokens, which are then added to `shown`; None ends that.
+
+        It is asked only while the writer waits, which keeps tokens in order, and only about tokens that come with
+        neither a start nor log-probabilities.
+        """
+        self._show, self._shown = show, shown
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """Tokens of one step, shown at once or left to the writer."""
+        show, waiter = self._show, self._waiter
+        is_plain = self.start is None and not self.logprobs
+        if show is not None and is_plain and waiter is not None and not waiter.done() and show(tokens):
+            self._shown.extend(tokens)
+            return
+        self.tokens.extend(tokens)
+        self.wake()
 
     def wake(self) -> None:
         """Let the writer run after the current callback."""

@@ -4,15 +4,26 @@ Written by the membership and the links on the event loop, read by the scheduler
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
 
 from omni_proxy.ledger import Ledger
 from omni_proxy.ports import DecodePort, PrefillPort
 from omni_proxy.replica import Holder, Replica
-from omni_proxy.scheduling.forecast import Forecast, LoadCost, Outlook
-from omni_proxy.scheduling.policy import Candidate
+from omni_proxy.scheduling.columns import Columns
+from omni_proxy.scheduling.forecast import LoadCost, Outlook
+from omni_proxy.scheduling.times import Capacity, WorkerTimes
+from omni_proxy.scheduling.view import FleetView, Floats, Ints, Rows
+
+GROUP_LABEL = "omni.group"
+"""Prefill and decode workers pair within a group."""
+HARDWARE_LABEL = "omni.hardware"
+"""Workers of one engine and hardware are taken to be alike until seen."""
 
 
 class Role(StrEnum):
@@ -23,7 +34,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a worker is; constant for one epoch."""
+    """What a worker is; constant for one epoch, but for its role."""
 
     id: str
     address: str
@@ -35,11 +46,18 @@ class Worker:
     max_num_seqs: int = 0
     kv_connector: str = ""
     engine: str = ""
+    num_blocks: int = 0
+    max_num_batched_tokens: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A worker's own account of its load."""
+    """A worker's own account of its load; `others_*` is the work of other proxies.
+
+    `steps` generated tokens and took `busy_ms` in all while `computed_prompt_tokens` were computed; all three are since
+    the worker's epoch began.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -48,6 +66,13 @@ class Load:
     leases: int = 0
     step_ms: float = 0.0
     draining: bool = False
+    others_prefills: int = 0
+    others_uncached_tokens: int = 0
+    others_sequences: int = 0
+    context_tokens: int = 0
+    steps: int = 0
+    busy_ms: float = 0.0
+    computed_prompt_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -57,10 +82,30 @@ class Member:
     worker: Worker
     prefill: PrefillPort | None
     decode: DecodePort | None
-    load: Load = field(default_factory=Load)
     is_reachable: bool = False
     is_listed: bool = True
     is_draining: bool = False
+    on_load: "Callable[[Load, Load], None] | None" = None
+    """Hears the load before and now."""
+    _load: Load = field(default_factory=Load)
+
+    @property
+    def load(self) -> Load:
+        return self._load
+
+    @load.setter
+    def load(self, load: Load) -> None:
+        before, self._load = self._load, load
+        if self.on_load is not None:
+            self.on_load(before, load)
+
+    @property
+    def prefills(self) -> bool:
+        return self.prefill is not None and self.worker.role is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self.decode is not None and self.worker.role is not Role.PREFILL
 
     @property
     def refusal(self) -> str | None:
@@ -71,21 +116,54 @@ class Member:
             return "unreachable"
         if self.is_draining or self.load.draining:
             return "draining"
-        if self.decode is not None and not self.decode.ready:
+        if self.decodes and self.decode is not None and not self.decode.ready:
             return "no session"
         return None
+
+
+class _Usable(NamedTuple):
+    """Members that take work, and their columns that change with membership only."""
+
+    slots: Rows
+    ids: tuple[str, ...]
+    prefills: np.ndarray
+    decodes: np.ndarray
+    connectors: tuple[str, ...]
+    groups: tuple[str, ...]
+    labels: tuple[Mapping[str, str], ...]
+    max_num_seqs: Ints
+    by_block_size: Mapping[int, Rows]
+
+
+class PromptForecast(NamedTuple):
+    """Rows of `columns`: cached, expected, loadable tokens, milliseconds of loading; a column per worker."""
+
+    ids: tuple[str, ...]
+    columns: Floats
 
 
 class Fleet:
     """Members by worker id, and a signal for those who wait for a change."""
 
-    def __init__(self, model: str, ledger: Ledger, replica: Replica, load_costs: Mapping[str, LoadCost]) -> None:
-        """`load_costs`: of a worker's own tiers `host`, `disk` and `remote`."""
+    def __init__(
+        self,
+        model: str,
+        replica: Replica,
+        load_costs: Mapping[str, LoadCost],
+        *,
+        now: Callable[[], float] = time.monotonic,
+        times: Callable[[Columns], WorkerTimes] = WorkerTimes,
+    ) -> None:
+        """`load_costs`: of a worker's own tiers `host`, `disk` and `remote`; `now`: seconds."""
         self._model = model
         self._members: dict[str, Member] = {}
         self._changed = asyncio.Event()
         self._load_costs = load_costs
-        self.ledger = ledger
+        self.now = now
+        self._usable: _Usable | None = None
+        self.columns = Columns()
+        self.ledger = Ledger(self.columns, now)
+        self.times = times(self.columns)
         self.replica = replica
 
     @property
@@ -97,19 +175,28 @@ class Fleet:
 
     def put(self, member: Member) -> None:
         """Add a worker or replace its earlier epoch, whose cached blocks are gone."""
-        self._members[member.worker.id] = member
+        worker = member.worker
+        slot = self.columns.slot(worker.id)
+        self._members[worker.id] = member
+        self.times.join(slot, _capacity(worker))
+        member.on_load = lambda before, load: self._loaded(slot, before, load)
+        self._loaded(slot, Load(), member.load)
         if self._serves(member):
-            self.replica.adopt(Holder(member.worker.id, member.worker.epoch))
+            self.replica.adopt(Holder(worker.id, worker.epoch))
         self.signal()
 
     def drop(self, worker_id: str) -> None:
-        if self._members.pop(worker_id, None) is not None:
+        member = self._members.pop(worker_id, None)
+        if member is not None:
+            member.on_load = None
+            self.times.leave(self.columns.slot(worker_id))
             self.replica.drop(worker_id)
             self.ledger.forget(worker_id)
             self.signal()
 
     def signal(self) -> None:
         """Wake everyone who waits in `changed`."""
+        self._usable = None
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -120,48 +207,122 @@ class Fleet:
     @property
     def max_model_len(self) -> int | None:
         """Tokens that every usable decode worker can hold."""
-        lengths = [m.worker.max_model_len for m in self._members.values() if m.decode and m.worker.max_model_len]
+        lengths = [m.worker.max_model_len for m in self._members.values() if m.decodes and m.worker.max_model_len]
         return min(lengths, default=None)
 
     @property
     def can_decode(self) -> bool:
-        return any(m.decode is not None and m.refusal is None and self._serves(m) for m in self._members.values())
+        return any(m.decodes and m.refusal is None and self._serves(m) for m in self._members.values())
 
     @property
     def block_sizes(self) -> Sequence[int]:
         """Of the model's workers, each once, in order of size."""
         return sorted({m.worker.block_size for m in self._members.values() if self._serves(m)})
 
-    def candidates(self, keys_of: Callable[[int], bytes]) -> list[Candidate]:
-        """Workers that take work for the model; `keys_of(block_size)` are the prompt's block keys.
+    def forecast(self, keys_of: Callable[[int], bytes]) -> PromptForecast:
+        """What the workers that take work will find of a prompt; `keys_of(block_size)` are its block keys.
 
         One lookup per block size answers for all of them.
         """
-        usable = [m for m in self._members.values() if m.refusal is None and self._serves(m)]
-        outlooks = {size: self._outlook(keys_of(size), size) for size in {m.worker.block_size for m in usable}}
-        return [self._candidate(m, outlooks[m.worker.block_size].of(m.worker.id)) for m in usable]
+        usable = self._usable = self._usable or self._look()
+        found = np.zeros((4, len(usable.ids)))
+        for size, rows in usable.by_block_size.items():
+            outlook = Outlook(self.replica.lookup(keys_of(size), size), size, self._load_costs, self.replica.pool_costs)
+            found[:, rows] = outlook.columns([usable.ids[row] for row in rows])
+        return PromptForecast(usable.ids, found)
+
+    def is_current(self, forecast: PromptForecast) -> bool:
+        """The same workers take work as when it was made."""
+        return self._usable is not None and self._usable.ids is forecast.ids
+
+    def view(self, found: PromptForecast, prompt_tokens: int, output_tokens: int) -> FleetView:
+        """The fleet as of now for a prompt with a current forecast; load columns are copies."""
+        usable = self._usable
+        if usable is None or usable.ids is not found.ids:
+            raise ValueError("the forecast is of other workers")
+        slots, columns, now_s = usable.slots, self.columns, self.now()
+        forecast = found.columns
+        cached = forecast[0].astype(np.int64)
+        uncached = np.maximum(prompt_tokens - cached, 0)
+        return FleetView(
+            ids=usable.ids,
+            prefills=usable.prefills,
+            decodes=usable.decodes,
+            connectors=usable.connectors,
+            groups=usable.groups,
+            labels=usable.labels,
+            cached_tokens=cached,
+            expected_tokens=forecast[1].astype(np.int64),
+            loadable_tokens=forecast[2].astype(np.int64),
+            load_ms=forecast[3],
+            own_requests=columns.own_requests[slots],
+            own_prefills=columns.own_prefills[slots],
+            own_uncached_tokens=columns.own_uncached_tokens[slots],
+            own_output_tokens=columns.own_output_tokens[slots],
+            dispatched=columns.dispatched[slots],
+            others_prefills=columns.others_prefills[slots],
+            others_uncached_tokens=columns.others_uncached_tokens[slots],
+            others_sequences=columns.others_sequences[slots],
+            running=columns.running[slots],
+            waiting=columns.waiting[slots],
+            kv_usage=columns.kv_usage[slots],
+            context_tokens=columns.context_tokens[slots],
+            max_num_seqs=usable.max_num_seqs,
+            stats_age_s=now_s - columns.stats_at_s[slots],
+            times=self.times.of(slots, now_s, prompt_tokens, output_tokens, uncached),
+        )
+
+    def usable_slots(self) -> tuple[Rows, np.ndarray, np.ndarray]:
+        """Slots of the workers that take work, and which of them prefill and decode."""
+        usable = self._usable = self._usable or self._look()
+        return usable.slots, usable.prefills, usable.decodes
+
+    def _look(self) -> _Usable:
+        members = [m for m in self._members.values() if m.refusal is None and self._serves(m)]
+        workers = [m.worker for m in members]
+        sizes = np.array([w.block_size for w in workers], np.int64)
+        return _Usable(
+            slots=np.array([self.columns.slot(w.id) for w in workers], np.intp),
+            ids=tuple(w.id for w in workers),
+            prefills=np.array([m.prefills for m in members], np.bool_),
+            decodes=np.array([m.decodes for m in members], np.bool_),
+            connectors=tuple(w.kv_connector for w in workers),
+            groups=tuple(w.labels.get(GROUP_LABEL, "") for w in workers),
+            labels=tuple(w.labels for w in workers),
+            max_num_seqs=np.array([w.max_num_seqs for w in workers], np.int64),
+            by_block_size={int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)},
+        )
 
     def _serves(self, member: Member) -> bool:
         return member.worker.model == self._model
 
-    def _outlook(self, keys: bytes, block_size: int) -> Outlook:
-        return Outlook(self.replica.lookup(keys, block_size), block_size, self._load_costs, self.replica.pool_costs)
+    def _loaded(self, slot: int, before: Load, load: Load) -> None:
+        columns = self.columns
+        columns.running[slot] = load.running
+        columns.waiting[slot] = load.waiting
+        columns.kv_usage[slot] = load.kv_usage
+        columns.context_tokens[slot] = load.context_tokens
+        columns.others_prefills[slot] = load.others_prefills
+        columns.others_uncached_tokens[slot] = load.others_uncached_tokens
+        columns.others_sequences[slot] = load.others_sequences
+        columns.stats_at_s[slot] = self.now()
+        steps = load.steps - before.steps
+        if steps > 0 and before.steps:
+            self.times.saw_steps(
+                slot,
+                (before.running + load.running) / 2,
+                (before.context_tokens + load.context_tokens) / 2,
+                (load.computed_prompt_tokens - before.computed_prompt_tokens) / steps,
+                (load.busy_ms - before.busy_ms) / steps,
+            )
 
-    def _candidate(self, member: Member, forecast: Forecast) -> Candidate:
-        worker, load, own = member.worker, member.load, self.ledger.of(member.worker.id)
-        return Candidate(
-            worker_id=worker.id,
-            prefills=worker.role is Role.PREFILL and member.prefill is not None,
-            decodes=member.decode is not None,
-            kv_connector=worker.kv_connector,
-            cached_tokens=forecast.cached_tokens,
-            expected_tokens=forecast.expected_tokens,
-            loadable_tokens=forecast.loadable_tokens,
-            load_ms=forecast.load_ms,
-            own_requests=own.requests,
-            own_uncached_tokens=own.uncached_tokens,
-            dispatched=own.dispatched,
-            running=load.running + load.waiting,
-            queued_tokens=load.queued_tokens,
-            kv_usage=load.kv_usage,
-        )
+
+def _capacity(worker: Worker) -> Capacity:
+    kind = f"{worker.engine}/{worker.labels.get(HARDWARE_LABEL, '')}"
+    return Capacity(
+        kind,
+        worker.kv_connector,
+        worker.max_num_seqs,
+        worker.num_blocks * worker.block_size,
+        worker.max_num_batched_tokens,
+    )

@@ -12,6 +12,7 @@ from omni_proxy.choice import Choice, Piece
 from omni_proxy.lifecycle import SequenceRun
 from omni_proxy.openai_answers import Usage
 from omni_proxy.openai_requests import Options
+from omni_proxy.scheduling.request import NOBODY, Caller
 from omni_proxy.sequence import Scheduler, SequenceJob
 from omni_proxy.text import ModelText
 from omni_proxy.tracing import RequestTrace
@@ -40,9 +41,12 @@ class Generation:
         request_id: str,
         timeout_s: float,
         trace: RequestTrace,
+        caller: Caller = NOBODY,
     ) -> None:
         self.request_id = request_id
-        self.deadline = asyncio.get_running_loop().time() + timeout_s
+        self.caller = caller
+        self._arrived = asyncio.get_running_loop().time()
+        self.deadline = self._arrived + timeout_s
         self.clock = Clock(time.perf_counter())
         self._metrics = scheduler.metrics
         self._trace = trace
@@ -146,7 +150,8 @@ class Generation:
             # Wraps within int64, so that the largest seed has choices too.
             seed = (seed + index % self._n + 2**63) % 2**64 - 2**63
         sampling = replace(options.sampling, max_tokens=max_tokens, seed=seed)
-        run = SequenceRun(scheduler, SequenceJob(sequence_id, prompt, sampling, self.deadline), self._trace)
+        job = SequenceJob(sequence_id, prompt, sampling, self.deadline, self.caller, self._arrived)
+        run = SequenceRun(scheduler, job, self._trace)
         detokenizer = text.detokenizer(skip_special_tokens=options.skip_special_tokens)
         return Choice(index, run, detokenizer, options.rules)
 

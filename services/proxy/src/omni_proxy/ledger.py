@@ -1,47 +1,117 @@
 """What this proxy has in flight on each worker. The only writer of own load."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from omni_proxy.scheduling.columns import Columns
+from omni_proxy.scheduling.times import prompt_features
+from omni_proxy.scheduling.view import Floats
+
+_NO_WORK = np.zeros(3)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class InFlight:
-    """Charged on dispatch, settled when the leg answers or ends."""
+    """One worker's account: charged on dispatch, settled when the leg answers or ends."""
 
     requests: int = 0
+    prefills: int = 0
     uncached_tokens: int = 0
+    output_tokens: int = 0
     dispatched: int = 0
 
 
+class Charge:
+    """One leg on one worker. A context: what is still charged when it ends is settled then."""
+
+    __slots__ = ("_columns", "_now", "_output", "_slot", "_uncached", "_work")
+
+    def __init__(
+        self, columns: Columns, slot: int, now: Callable[[], float], uncached: int, work: Floats, output: int
+    ) -> None:
+        self._columns = columns
+        self._slot = slot
+        self._now = now
+        self._uncached = uncached
+        self._work = work
+        self._output = output
+
+    def __enter__(self) -> Self:
+        columns, slot = self._columns, self._slot
+        columns.own_requests[slot] += 1
+        columns.dispatched[slot] += 1
+        columns.own_output_tokens[slot] += self._output
+        if self._work is not _NO_WORK:
+            if not columns.own_prefills[slot]:
+                columns.busy_since_s[slot] = self._now()
+            columns.own_prefills[slot] += 1
+            columns.own_uncached_tokens[slot] += self._uncached
+            columns.own_work[slot] += self._work
+        return self
+
+    def computed(self) -> None:
+        """The prompt is computed; the next one's turn has come."""
+        if self._work is _NO_WORK:
+            return
+        columns, slot = self._columns, self._slot
+        columns.own_prefills[slot] -= 1
+        columns.own_uncached_tokens[slot] -= self._uncached
+        # Sums of floats that went in and out need not end at zero.
+        columns.own_work[slot] = columns.own_work[slot] - self._work if columns.own_prefills[slot] else 0.0
+        columns.busy_since_s[slot] = self._now()
+        self._work, self._uncached = _NO_WORK, 0
+
+    def received(self, tokens: int) -> None:
+        """So many of the expected output tokens have come."""
+        tokens = min(tokens, self._output)
+        self._columns.own_output_tokens[self._slot] -= tokens
+        self._output -= tokens
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.computed()
+        self.received(self._output)
+        self._columns.own_requests[self._slot] -= 1
+
+
 class Ledger:
-    def __init__(self) -> None:
-        self._entries: dict[str, InFlight] = {}
+    def __init__(self, columns: Columns, now: Callable[[], float]) -> None:
+        """`now`: seconds on the clock that the fleet's view uses."""
+        self._columns = columns
+        self._now = now
 
     def of(self, worker_id: str) -> InFlight:
-        """A copy of the worker's entry."""
-        entry = self._entries.get(worker_id)
-        return InFlight() if entry is None else InFlight(entry.requests, entry.uncached_tokens, entry.dispatched)
+        slot, columns = self._columns.get(worker_id), self._columns
+        if slot is None:
+            return InFlight()
+        return InFlight(
+            int(columns.own_requests[slot]),
+            int(columns.own_prefills[slot]),
+            int(columns.own_uncached_tokens[slot]),
+            int(columns.own_output_tokens[slot]),
+            int(columns.dispatched[slot]),
+        )
 
-    @contextmanager
-    def charge(self, worker_id: str, uncached_tokens: int = 0) -> Iterator[None]:
-        """Hold one request and its uncached prompt tokens against a worker."""
-        entry = self._entries.setdefault(worker_id, InFlight())
-        entry.requests += 1
-        entry.dispatched += 1
-        entry.uncached_tokens += uncached_tokens
-        try:
-            yield
-        finally:
-            entry.requests -= 1
-            entry.uncached_tokens -= uncached_tokens
+    def charge(self, worker_id: str, prompt: tuple[int, int] | None = None, output_tokens: int = 0) -> Charge:
+        """Hold one leg against a worker.
+
+        `prompt` is (uncached tokens, cached tokens) where the worker is to compute it; `output_tokens` are expected.
+        """
+        slot = self._columns.slot(worker_id)
+        work = _NO_WORK if prompt is None else prompt_features(*prompt)
+        return Charge(self._columns, slot, self._now, prompt[0] if prompt else 0, work, output_tokens)
 
     def forget(self, worker_id: str) -> None:
-        """Drop the entry of a worker that is gone, unless something still runs there."""
-        entry = self._entries.get(worker_id)
-        if entry is not None and entry.requests == 0:
-            del self._entries[worker_id]
+        """Drop the account of a worker that is gone, unless something still runs there."""
+        slot = self._columns.get(worker_id)
+        if slot is not None and not self._columns.own_requests[slot]:
+            self._columns.let_go(worker_id)
 
     @property
     def total_requests(self) -> int:
-        return sum(entry.requests for entry in self._entries.values())
+        return int(self._columns.own_requests.sum())

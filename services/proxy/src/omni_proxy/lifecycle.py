@@ -14,15 +14,22 @@ from omni_common.errors import Code, DeadlineExceeded, InvalidRequest, OmniError
 from omni_proxy.continuation import FirstToken, continuation, first_token_source
 from omni_proxy.feed import End, Feed
 from omni_proxy.fleet import Member, Worker
-from omni_proxy.foresight import Foresight
+from omni_proxy.flow.gate import Turn
+from omni_proxy.flow.ticket import Ticket
+from omni_proxy.foresight import Computing, Foresight
+from omni_proxy.ledger import Charge
 from omni_proxy.marks import Mark
-from omni_proxy.ports import FinishReason, KvHandle, PrefillAnswer, PrefillOrder, Submission
-from omni_proxy.scheduling.policy import Decision, SchedulingRequest
+from omni_proxy.ports import FinishReason, KvHandle, PrefillAnswer, PrefillOrder, SequenceStart, Submission
+from omni_proxy.room import least_work
+from omni_proxy.scheduling.decision import Decision
+from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.sequence import Scheduler, SequenceJob, SequenceRecord, TokenBatch
 from omni_proxy.tracing import RequestTrace
 
 _FINAL = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNAUTHENTICATED, Code.DEADLINE_EXCEEDED})
 _PAUSE_S = 0.1
+_BYTES_PER_TOKEN = 8
+_FRESH_MS = 1.0
 _ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 
 
@@ -31,7 +38,7 @@ class _Lease:
     """Blocks that wait on a prefill worker, until decode has pulled them or they are given up."""
 
     handle: KvHandle
-    kv_connector: str
+    worker: Worker
     release: Callable[[str], None]
 
 
@@ -43,6 +50,8 @@ class _Progress:
     excluded: set[str] = field(default_factory=set)
     decode: str | None = None
     mark: Mark | None = None
+    computing: Computing | None = None
+    charge: Charge | None = None
 
 
 class SequenceRun:
@@ -52,7 +61,10 @@ class SequenceRun:
         self._scheduler = scheduler
         self._job = job
         self._trace = trace
-        self._foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, scheduler.metrics.prefix)
+        self._now = asyncio.get_running_loop().time
+        self._foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, scheduler.metrics.prefix, self._now)
+        self._output_tokens = scheduler.lengths.expect(job.sampling.max_tokens)
+        self._has_fresh_look = False
         self._progress = _Progress()
         self.record = SequenceRecord()
 
@@ -62,7 +74,9 @@ class SequenceRun:
         Raises:
             OmniError: no worker could run the sequence, or go on with it.
         """
+        turn: Turn | None = None
         try:
+            turn = await self._turn()
             answer = await self._prefilled()
             if answer is not None and (batch := self._first_batch(answer)) is not None:
                 yield batch
@@ -79,30 +93,76 @@ class SequenceRun:
                         if feed.end is not None:
                             break
                     if feed.end.finish_reason in _ENDED:
+                        self._scheduler.lengths.saw(len(self._progress.sent))
                         return
                 await self._after_broken_leg(feed.end, member, attempt)
             raise Unavailable("every attempt to decode the sequence broke", reason="attempts_exhausted")
         finally:
             self._give_up_lease()
+            if turn is not None:
+                turn.ended(len(self._progress.sent))
+            self._poke()
+
+    async def _turn(self) -> Turn | None:
+        """Wait for leave to go to the workers; nothing is awaited from then until the first leg is charged."""
+        gate, job = self._scheduler.gate, self._job
+        if gate is None:
+            return None
+        prompt_tokens = len(job.prompt)
+        uncached, prefill_ms = least_work(self._foresight.view(self._output_tokens), prompt_tokens)
+        ticket = Ticket(
+            request_id=job.request_id,
+            arrived_s=job.arrived,
+            deadline_s=job.deadline,
+            tenant=job.caller.tenant,
+            priority=job.caller.priority,
+            weight=job.caller.weight,
+            prompt_tokens=prompt_tokens,
+            uncached_tokens=uncached,
+            output_tokens=self._output_tokens,
+            size_bytes=_BYTES_PER_TOKEN * prompt_tokens,
+            ttft_slo_ms=job.caller.slo.ttft_ms,
+            prefill_ms=prefill_ms,
+        )
+        turn = await gate.turn(ticket)
+        self.record.held_ms = turn.waited_ms
+        self._has_fresh_look = turn.waited_ms < _FRESH_MS
+        return turn
 
     def _decide(self, *, may_prefill: bool) -> Decision:
-        progress = self._progress
+        progress, job = self._progress, self._job
+        generated = len(progress.sent)
+        left = max(1, self._output_tokens - generated)
         request = SchedulingRequest(
-            prompt_tokens=len(self._job.prompt),
+            prompt_tokens=len(job.prompt) + generated,
             may_prefill=may_prefill,
-            kv_connector=progress.lease.kv_connector if progress.lease else None,
+            kv_connector=progress.lease.worker.kv_connector if progress.lease else None,
+            held_by=progress.lease.worker.id if progress.lease else None,
             excluded=frozenset(progress.excluded),
+            output_tokens=left,
+            slo=job.caller.slo,
+            waited_ms=(self._now() - job.arrived) * 1e3,
+            session=job.caller.session,
+            tenant=job.caller.tenant,
+            priority=job.caller.priority,
         )
-        return self._scheduler.policy.choose(request, self._foresight.candidates())
+        # Who goes on with blocks that were just computed elsewhere is not chosen by its cache.
+        is_known = self._has_fresh_look or progress.lease is not None
+        view = self._foresight.view(left, generated, afresh=not is_known)
+        self._has_fresh_look = False
+        decision = self._scheduler.policy.choose(request, view)
+        self.record.decisions.append(decision)
+        return decision
 
     async def _prefilled(self) -> PrefillAnswer | None:
         """The answer of a prefill worker, or None when decode is to compute the prompt."""
         for _ in range(self._scheduler.limits.max_attempts):
             decision = self._decide(may_prefill=True)
             self.record.decision = decision.reason
-            self._progress.decode = decision.decode
+            self.record.predicted_ttft_ms = decision.prediction.ttft_ms
             member = self._scheduler.fleet.get(decision.prefill) if decision.prefill else None
             if member is None or member.prefill is None:
+                self._progress.decode = decision.decode
                 break
             try:
                 answer = await self._prefill_on(member)
@@ -121,19 +181,31 @@ class SequenceRun:
         assert member.prefill is not None
         job, worker, foresight = self._job, member.worker, self._foresight
         keys = foresight.keys(worker.block_size)
-        order = PrefillOrder(job.request_id, self._scheduler.model, job.prompt, job.sampling, keys)
-        charge = self._scheduler.fleet.ledger.charge(worker.id, foresight.uncached_tokens(worker))
+        order = PrefillOrder(
+            job.request_id,
+            self._scheduler.model,
+            job.prompt,
+            job.sampling,
+            keys,
+            self._scheduler.proxy_id,
+            foresight.uncached_tokens(worker),
+        )
+        computing = foresight.compute_on(worker, 0)
         leg_trace = self._trace.leg("proxy.prefill", foresight.attributes(worker))
-        with foresight.mark(worker) as mark, charge, leg_trace as leg:
+        with foresight.mark(worker) as mark, computing, leg_trace as leg:
             answer = await member.prefill.prefill(order, self._left_s(), leg.headers)
             mark.computed()
+            seen = computing.computed(answer.cached_tokens, answer.timings.queue_ms + answer.timings.compute_ms)
             leg.set({"omni.cached_tokens": answer.cached_tokens, "omni.queue_ms": answer.timings.queue_ms})
+        self._poke()
+        if seen is not None:
+            self._scheduler.metrics.predicted("prefill", seen)
         self.record.predicted_cached_tokens = foresight.compare(worker, answer.cached_tokens)
         self.record.prefill_worker = worker.id
         self.record.cached_tokens = answer.cached_tokens
         self.record.queue_ms = answer.timings.queue_ms
         if answer.kv_handle is not None:
-            self._progress.lease = _Lease(answer.kv_handle, worker.kv_connector, member.prefill.release)
+            self._progress.lease = _Lease(answer.kv_handle, worker, member.prefill.release)
         return answer
 
     def _first_batch(self, answer: PrefillAnswer) -> TokenBatch | None:
@@ -196,13 +268,18 @@ class SequenceRun:
         assert member.decode is not None
         job, progress, worker, decode = self._job, self._progress, member.worker, member.decode
         lease = progress.lease
-        handle = lease.handle if lease and lease.kv_connector == worker.kv_connector else None
+        handle = lease.handle if lease and lease.worker.kv_connector == worker.kv_connector else None
         is_pull = handle is not None and len(progress.sent) <= 1
         after = continuation(job.prompt, progress.sent, job.sampling, progress.first_token)
         attributes = {"omni.worker_id": worker.id} if is_pull else self._foresight.attributes(worker)
         leg = stack.enter_context(self._trace.leg("proxy.decode", attributes))
-        uncached = 0 if is_pull else len(after.token_ids)
-        stack.enter_context(self._scheduler.fleet.ledger.charge(worker.id, uncached))
+        generated, left = len(progress.sent), max(1, self._output_tokens - len(progress.sent))
+        if is_pull:
+            progress.computing = None
+            progress.charge = stack.enter_context(self._scheduler.fleet.ledger.charge(worker.id, None, left))
+        else:
+            progress.computing = stack.enter_context(self._foresight.compute_on(worker, left, generated))
+            progress.charge = progress.computing.charge
         feed = decode.submit(
             Submission(
                 request_id=job.request_id,
@@ -213,6 +290,7 @@ class SequenceRun:
                 kv_handle=handle if is_pull else None,
                 traceparent=leg.headers.get("traceparent", ""),
                 deadline_ms=max(1, int(self._left_s() * 1000)),
+                uncached_tokens=0 if is_pull else self._foresight.uncached_tokens(worker, generated),
             )
         )
         stack.callback(decode.abort, feed)
@@ -228,6 +306,8 @@ class SequenceRun:
             if not self._progress.sent:
                 self._count_first_token(self._progress.first_token)
             self._progress.sent.extend(tokens)
+            if self._progress.charge is not None:
+                self._progress.charge.received(len(tokens))
         finish = feed.end.finish_reason if feed.end is not None else None
         return TokenBatch(tokens, rows, finish if finish in _ENDED else None)
 
@@ -236,6 +316,7 @@ class SequenceRun:
         start, feed.start = feed.start, None
         assert start is not None
         record, progress = self.record, self._progress
+        self._learn(start, worker)
         if progress.lease is None and not progress.sent:
             record.cached_tokens = start.cached_tokens
             record.predicted_cached_tokens = self._foresight.compare(worker, start.cached_tokens)
@@ -249,6 +330,26 @@ class SequenceRun:
             progress.mark.computed()
         else:
             self._foresight.pulled(worker)
+
+    def _learn(self, start: SequenceStart, worker: Worker) -> None:
+        """What the leg's first words say of the workers' times."""
+        fleet, progress, timings = self._scheduler.fleet, self._progress, start.timings
+        if progress.computing is not None:
+            seen = progress.computing.computed(start.cached_tokens, timings.queue_ms + timings.compute_ms)
+            self._poke()
+            if seen is not None:
+                self._scheduler.metrics.predicted("prefill", seen)
+        elif progress.lease is not None and start.pulled_tokens and not start.fell_back:
+            holder = progress.lease.worker.id
+            slots = fleet.columns.get(holder), fleet.columns.get(worker.id)
+            if slots[0] is not None and slots[1] is not None:
+                moved = fleet.times.saw_transfer(slots[0], slots[1], start.pulled_tokens, timings.transfer_ms)
+                if moved is not None:
+                    self._scheduler.metrics.predicted("transfer", moved)
+
+    def _poke(self) -> None:
+        if self._scheduler.gate is not None:
+            self._scheduler.gate.poke()
 
     async def _after_broken_leg(self, end: End, member: Member, attempt: int) -> None:
         """Make ready for another attempt, or raise what must not be tried again."""

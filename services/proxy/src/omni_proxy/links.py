@@ -1,8 +1,12 @@
-"""The connections to one worker: its load stream, its decode session, its prefill calls."""
+"""The connections to one worker: its load stream, its decode session, its prefill calls.
+
+A worker may change its role. Both ports live as long as the link; the member shows those of the legs it takes.
+"""
 
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,7 +22,7 @@ from omni_proxy.fleet import Load, Member, Role, Worker
 from omni_proxy.metrics import Metrics
 from omni_proxy.ports import PrefillAnswer, PrefillOrder
 from omni_proxy.sessions import DecodeSession
-from omni_proxy.wire import load_from_wire, prefill_from_wire, prefill_to_wire
+from omni_proxy.wire import load_from_wire, prefill_from_wire, prefill_to_wire, role_from_wire
 
 log = logging.getLogger(__name__)
 
@@ -96,43 +100,47 @@ class WorkerLink:
     ) -> None:
         self._channel = channel
         self._stats: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._interval_ms = stats_interval_ms
+        self._request = worker_pb.WatchStatsRequest(min_interval_ms=stats_interval_ms, proxy_id=proxy_id)
         self._on_change = on_change
-        self._session = (
-            DecodeSession(channel, proxy_id, connect_timeout_s, metrics, on_change)
-            if worker.role is not Role.PREFILL
-            else None
-        )
-        self._prefill = PrefillClient(channel) if worker.role is not Role.DECODE else None
-        self.member = Member(worker, self._prefill, self._session)
+        self._session = DecodeSession(channel, proxy_id, connect_timeout_s, metrics, on_change)
+        self._prefill = PrefillClient(channel)
+        self._has_decoded = asyncio.Event()
+        self._tells_role = False
+        self.member = Member(worker, None, None)
+        self._show_ports(worker.role)
+
+    def announced(self, worker: Worker) -> None:
+        """The same epoch, told again. What the worker itself says of its role counts for more."""
+        role = self.member.worker.role if self._tells_role else worker.role
+        self._set_worker(replace(worker, role=role))
 
     async def run(self) -> None:
         """Until cancelled; then the channel is closed and every sequence on the session has ended."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch_load())
-                if self._session is not None:
-                    tasks.create_task(self._session.run())
+                tasks.create_task(self._keep_session())
         finally:
-            if self._prefill is not None:
-                await self._prefill.close()
+            await self._prefill.close()
             await self._channel.close(None)
 
     async def wait_idle(self) -> None:
         """Until nothing of this proxy runs on the worker."""
-        if self._prefill is not None:
-            await self._prefill.wait_idle()
-        if self._session is not None:
-            await self._session.wait_idle()
+        await self._prefill.wait_idle()
+        await self._session.wait_idle()
+
+    async def _keep_session(self) -> None:
+        """From the first time the worker decodes; the session stays when it does no more, for what runs on it."""
+        await self._has_decoded.wait()
+        await self._session.run()
 
     async def _watch_load(self) -> None:
         backoff = Backoff()
         while True:
             try:
-                request = worker_pb.WatchStatsRequest(min_interval_ms=self._interval_ms)
-                async for message in self._stats.WatchStats(request):
+                async for message in self._stats.WatchStats(self._request):
                     backoff.reset()
-                    self._set_load(load_from_wire(message))
+                    self._told(message)
             except grpc.aio.AioRpcError as error:
                 if backoff.is_first:
                     log.warning(
@@ -140,6 +148,30 @@ class WorkerLink:
                     )
             self._set_unreachable()
             await backoff.wait()
+
+    def _told(self, message: worker_pb.WatchStatsResponse) -> None:
+        worker = self.member.worker
+        if (role := role_from_wire(message.role)) is not None:
+            self._tells_role = True
+            if role is not worker.role:
+                self._set_worker(replace(worker, role=role))
+        self._set_load(load_from_wire(message))
+
+    def _set_worker(self, worker: Worker) -> None:
+        known = self.member.worker
+        if worker == known:
+            return
+        self.member.worker = worker
+        if worker.role is not known.role:
+            log.info("worker changed its role", extra={"worker": worker.id, "role": worker.role, "was": known.role})
+            self._show_ports(worker.role)
+        self._on_change()
+
+    def _show_ports(self, role: Role) -> None:
+        self.member.prefill = None if role is Role.DECODE else self._prefill
+        self.member.decode = None if role is Role.PREFILL else self._session
+        if self.member.decode is not None:
+            self._has_decoded.set()
 
     def _set_load(self, load: Load) -> None:
         member = self.member
@@ -149,6 +181,7 @@ class WorkerLink:
             self._on_change()
 
     def _set_unreachable(self) -> None:
+        self._tells_role = False
         if self.member.is_reachable:
             self.member.is_reachable = False
             self._on_change()

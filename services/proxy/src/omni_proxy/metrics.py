@@ -2,9 +2,12 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from omni_proxy.scheduling.times import Seen
+
 _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _LOOKUP = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 _DEPTH = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072, 262_144)
+_ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
 _GAP = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
@@ -36,7 +39,19 @@ class Metrics:
         self.membership_age = Gauge(
             "omni_proxy_membership_age_seconds", "Since the kvstore was last heard", registry=registry
         )
+        self.prediction_error = Histogram(
+            "omni_proxy_prediction_error_ratio",
+            "Difference of predicted and seen time, as a share of what was seen",
+            ["model"],
+            buckets=_ERROR,
+            registry=registry,
+        )
         self.prefix = PrefixMetrics(registry)
+
+    def predicted(self, model: str, seen: Seen) -> None:
+        """A prediction beside what came."""
+        if seen.seen_ms > 0:
+            self.prediction_error.labels(model).observe(seen.error)
 
 
 class PrefixMetrics:

@@ -53,11 +53,15 @@ class KvHandle:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOrder:
+    """`uncached_tokens`: what the worker is believed to compute; None where nobody knows."""
+
     request_id: str
     model: str
     token_ids: Sequence[int]
     sampling: Sampling
     block_keys: bytes
+    proxy_id: str = ""
+    uncached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,10 @@ class PrefillAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """`token_ids` are the prompt, then `num_output_tokens` tokens the client already has."""
+    """`token_ids` are the prompt, then `num_output_tokens` tokens the client already has.
+
+    `uncached_tokens`: what the worker is believed to compute; None where nobody knows.
+    """
 
     request_id: str
     model: str
@@ -84,6 +91,7 @@ class Submission:
     kv_handle: KvHandle | None
     traceparent: str
     deadline_ms: int
+    uncached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class Roster:
             if worker.epoch < member.worker.epoch:
                 return
             if (worker.epoch, worker.address) == (member.worker.epoch, member.worker.address):
+                known[0].announced(worker)
                 if (member.is_listed, member.is_draining) != (True, is_draining):
                     member.is_listed, member.is_draining = True, is_draining
                     self._fleet.signal()

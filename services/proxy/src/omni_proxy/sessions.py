@@ -164,13 +164,16 @@ class DecodeSession:
         for rows in frame.logprobs:
             if (feed := feeds.get(rows.stream_id)) is not None:
                 feed.logprobs.extend(logprobs_from_wire(rows.logprobs))
+        for finish in frame.finishes:
+            # The last tokens are the writer's: whether the very last is text depends on why the sequence ended.
+            if (feed := feeds.get(finish.stream_id)) is not None:
+                feed.divert(None, [])
         if frame.counts:
             self._push_runs(frame)
         else:
             for stream_id, token_id in zip(frame.stream_ids, frame.token_ids, strict=True):
                 if (feed := feeds.get(stream_id)) is not None:
-                    feed.tokens.append(token_id)
-                    feed.wake()
+                    feed.push((token_id,))
         for finish in frame.finishes:
             self._finish(finish.stream_id, _end_of(finish))
         if frame.frame - self._acked >= self._ack_every:
@@ -185,8 +188,7 @@ class DecodeSession:
         tokens, at = list(frame.token_ids), 0
         for stream_id, count in zip(frame.stream_ids, frame.counts, strict=True):
             if (feed := self._feeds.get(stream_id)) is not None:
-                feed.tokens.extend(tokens[at : at + count])
-                feed.wake()
+                feed.push(tokens[at : at + count])
             at += count
 
     def _finish(self, stream_id: int, end: End) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from omni_common.settings import ServiceSettings
-from omni_proxy.scheduling.policy import POLICIES
+from omni_proxy.scheduling.policies import policies
 
 
 class Settings(ServiceSettings):
@@ -26,7 +26,7 @@ class Settings(ServiceSettings):
     )
     workers: tuple[str, ...] = Field((), description="host:port of workers that are always members")
 
-    policy: str = "least_uncached_tokens"
+    policy: str = "cost"
     disaggregate_min_tokens: int = Field(0, ge=0, description="Uncached prompt tokens from which prefill is apart")
     index_blocks: int = Field(4_194_304, ge=1, description="Blocks the prefix index holds; the least used go first")
     expected_ttl_s: float = Field(
@@ -60,8 +60,8 @@ class Settings(ServiceSettings):
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, name: str) -> str:
-        if name not in POLICIES:
-            raise ValueError(f"unknown policy {name!r}; known: {', '.join(sorted(POLICIES))}")
+        if name not in policies():
+            raise ValueError(f"unknown policy {name!r}; known: {', '.join(sorted(policies()))}")
         return name
 
     @property

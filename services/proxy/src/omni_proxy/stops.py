@@ -9,14 +9,19 @@ class StopMatcher:
     The stop that is complete first wins, so the result does not depend on how the text is cut into pieces.
     """
 
+    __slots__ = ("_firsts", "_held", "_include", "_stops", "matched")
+
     def __init__(self, stops: Sequence[str], include: bool) -> None:
         self._stops = tuple(stops)
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._include = include
         self._held = ""
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """Text that is safe to show. After a match `matched` is set and nothing more may be pushed."""
+        if not self._held and self._firsts.isdisjoint(text):
+            return text  # most text: no stop string begins in it
         buffer = self._held + text
         best: tuple[int, int] | None = None
         for stop in self._stops:

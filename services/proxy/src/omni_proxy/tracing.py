@@ -1,6 +1,6 @@
 """Spans of one request. Attributes are numbers, ids and reasons; never text or tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
@@ -29,6 +29,17 @@ class RequestTrace:
             raise
         finally:
             span.end()
+
+    def event(self, name: str, make_attributes: Callable[[], Mapping[str, Attribute]]) -> None:
+        """Something that happened just now; attributes are made only where the request is traced."""
+        if self._span.is_recording():
+            self._span.add_event(name, dict(make_attributes()))
+
+    @property
+    def exemplar(self) -> dict[str, str] | None:
+        """Labels that lead from a histogram's bucket to this trace; None where it is not kept."""
+        context = self._span.get_span_context()
+        return {"trace_id": trace.format_trace_id(context.trace_id)} if context.trace_flags.sampled else None
 
     def end(self, attributes: Mapping[str, Attribute], error: str | None) -> None:
         self._span.set_attributes(dict(attributes))

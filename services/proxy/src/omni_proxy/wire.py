@@ -68,6 +68,8 @@ def prefill_to_wire(order: PrefillOrder) -> prefill_pb.PrefillRequest:
         token_ids=order.token_ids,
         sampling=sampling_to_wire(order.sampling),
         block_keys=order.block_keys,
+        proxy_id=order.proxy_id,
+        uncached_tokens=order.uncached_tokens,
     )
 
 
@@ -94,6 +96,7 @@ def submit_to_wire(stream_id: int, submission: Submission) -> decode_pb.Submit:
         kv_handle=None if handle is None else _handle_to_wire(handle),
         traceparent=submission.traceparent,
         deadline_ms=submission.deadline_ms,
+        uncached_tokens=submission.uncached_tokens,
     )
 
 
@@ -112,11 +115,16 @@ def logprobs_from_wire(message: engine_pb2.Logprobs) -> list[LogprobRow]:
     return [LogprobRow(ids[at : at + width], values[at : at + width]) for at in range(0, len(ids), width)]
 
 
+def role_from_wire(role: engine_pb2.Role) -> Role | None:
+    """None where it is not told."""
+    return _ROLES.get(role)
+
+
 def worker_from_wire(info: engine_pb2.WorkerInfo) -> Worker:
     return Worker(
         id=info.worker_id,
         address=info.address,
-        role=_ROLES.get(info.role, Role.BOTH),
+        role=role_from_wire(info.role) or Role.BOTH,
         epoch=info.epoch,
         model=info.model,
         block_size=info.block_size,
@@ -124,6 +132,9 @@ def worker_from_wire(info: engine_pb2.WorkerInfo) -> Worker:
         max_num_seqs=info.max_num_seqs,
         kv_connector=info.kv_connector,
         engine=info.engine,
+        num_blocks=info.num_blocks,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        labels=dict(info.labels),
     )
 
 
@@ -169,6 +180,13 @@ def load_from_wire(message: worker_service_pb2.WatchStatsResponse) -> Load:
         leases=message.leases,
         step_ms=message.step_ms,
         draining=message.draining,
+        others_prefills=message.others_prefills,
+        others_uncached_tokens=message.others_uncached_tokens,
+        others_sequences=message.others_sequences,
+        context_tokens=message.context_tokens,
+        steps=message.steps,
+        busy_ms=message.busy_ms,
+        computed_prompt_tokens=message.computed_prompt_tokens,
     )
 
 

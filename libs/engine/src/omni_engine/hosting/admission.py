@@ -1,10 +1,11 @@
-"""Whether the worker takes one more piece of work, and how much it has taken."""
+"""Whether the worker takes one more piece of work, of which leg, and how much it has taken."""
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from omni_common.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from omni_engine.hosting.settings import EngineRole, Leg
 
 _FIRST_GUESS_S = 0.1
 _SMOOTHING = 0.2
@@ -12,9 +13,9 @@ _SHORTEST_RETRY_S = 0.05
 
 
 class Admission:
-    """Counts accepted prefills and sequences; refuses when not ready, draining, full or of another model."""
+    """Counts accepted prefills and sequences; refuses when not ready, draining, full, or of another model or leg."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, role: EngineRole = "both") -> None:
         self._model = model
         self._limit = 0
         self._seconds = _FIRST_GUESS_S
@@ -23,6 +24,7 @@ class Admission:
         self.refused = 0
         self.is_ready = False
         self.is_draining = False
+        self.role: EngineRole = role
 
     def open(self, limit: int) -> None:
         """The engine is loaded; at most `limit` pieces of work at once."""
@@ -39,21 +41,28 @@ class Admission:
         self.is_draining = draining
         self._announce()
 
-    def check(self, model: str) -> None:
+    def set_role(self, role: EngineRole) -> None:
+        """Take the legs of this role from now on; what runs goes on."""
+        self.role = role
+        self._announce()
+
+    def check(self, model: str, leg: Leg) -> None:
         """Raises Unavailable, FailedPrecondition or ResourceExhausted for work that is not taken."""
         try:
-            self._check(model)
+            self._check(model, leg)
         except (Unavailable, FailedPrecondition, ResourceExhausted):
             self.refused += 1
             raise
 
-    def _check(self, model: str) -> None:
+    def _check(self, model: str, leg: Leg) -> None:
         if not self.is_ready:
             raise Unavailable("the engine is not ready", reason="loading", retry_after_s=1.0)
         if self.is_draining:
             raise Unavailable("the worker is draining", reason="draining")
         if model and model != self._model:
             raise FailedPrecondition(f"this worker serves {self._model!r}, not {model!r}", reason="wrong_model")
+        if self.role not in (leg, "both"):
+            raise FailedPrecondition(f"this worker's role is {self.role}, not {leg}", reason="wrong_role")
         if self.active >= self._limit:
             raise ResourceExhausted(
                 f"{self.active} requests are in progress, the most this worker takes",
@@ -84,7 +93,7 @@ class Admission:
         self._seconds += _SMOOTHING * (seconds - self._seconds)
 
     async def changed(self, timeout_s: float) -> None:
-        """Returns at the next change of readiness, draining or emptiness, or when the time is up."""
+        """Returns at the next change of readiness, role, draining or emptiness, or when the time is up."""
         changed = self._changed
         try:
             async with asyncio.timeout(timeout_s):

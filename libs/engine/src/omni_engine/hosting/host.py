@@ -1,4 +1,4 @@
-"""A worker process: one engine behind the services of its role, registered with the kvstore."""
+"""A worker process: one engine behind the services of both legs, registered with the kvstore."""
 
 import asyncio
 import logging
@@ -13,6 +13,7 @@ from omni.prefill.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_
 from omni_common.errors import OmniError
 from omni_common.rpc import Server, Servicer, channel, run_until_signal
 from omni_common.telemetry import set_up
+from omni_engine.hosting.accounts import Accounts
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.background import Background
 from omni_engine.hosting.engines import ENGINES
@@ -38,9 +39,10 @@ class WorkerHost:
         self._settings = settings
         self._engine = engine
         self._background = Background()
-        self.admission = Admission(settings.model_name)
-        self.identity = Identity(settings.role, time.time_ns() // 1_000_000, settings.labels)
-        self.worker = Worker(engine, self.admission, self.identity)
+        self.admission = Admission(settings.model_name, settings.role)
+        self.accounts = Accounts()
+        self.identity = Identity(time.time_ns() // 1_000_000, settings.published_labels)
+        self.worker = Worker(engine, self.admission, self.accounts, self.identity)
         self.relay: BlockRelay | None = None
         self._metrics = WorkerMetrics(registry)
         registry.register(LoadCollector(self.worker.stats, lambda: self.admission.refused))
@@ -67,7 +69,7 @@ class WorkerHost:
             extra={
                 "address": self.identity.address,
                 "worker_id": self.identity.worker_id,
-                "role": self.identity.role,
+                "role": self.admission.role,
                 "model": info.model,
                 "engine": f"{info.engine} {info.engine_version}",
                 "load_s": round(time.monotonic() - started_s, 2),
@@ -97,7 +99,7 @@ class WorkerHost:
             asyncio.TaskGroup() as group,
         ):
             relay = self.relay = self._relay(kvstore)
-            membership = Membership(kvstore, self.worker.describe(), self.admission, relay.request_snapshot)
+            membership = Membership(kvstore, self.worker.describe, self.admission, relay.request_snapshot)
             tasks = [group.create_task(membership.run()), group.create_task(relay.run(membership.registered))]
             reason = await self._engine.wait_dead()
             for task in tasks:
@@ -116,19 +118,18 @@ class WorkerHost:
         return self.relay.mirror if self.relay else None
 
     def _servicers(self) -> list[Servicer]:
-        settings, admission = self._settings, self.admission
+        """Both legs are served whatever the role, which may change; admission refuses the other leg."""
+        settings, admission, accounts = self._settings, self.admission, self.accounts
         limits = SessionLimits(settings.frame_window, settings.max_pending_tokens, settings.submit_timeout_s)
-        decode = DecodeHost(self._engine, admission, self._background, self._metrics, self.identity, limits)
-        prefill = PrefillServicer(self._engine, admission, self._background, self._metrics, self.identity)
-        by_role = {
-            "prefill": Servicer(prefill, add_PrefillServiceServicer_to_server, "omni.prefill.v1.PrefillService"),
-            "decode": Servicer(
-                DecodeServicer(decode), add_DecodeServiceServicer_to_server, "omni.decode.v1.DecodeService"
-            ),
-        }
+        host = DecodeHost(self._engine, admission, accounts, self._background, self._metrics, self.identity, limits)
+        decode = DecodeServicer(host)
+        prefill = PrefillServicer(self._engine, admission, accounts, self._background, self._metrics, self.identity)
         worker = WorkerServicer(self.worker, admission, settings.drain_timeout_s, self._mirror)
-        mounted = [by_role[role] for role in by_role if settings.role in (role, "both")]
-        return [*mounted, Servicer(worker, add_WorkerServiceServicer_to_server, "omni.engine.v1.WorkerService")]
+        return [
+            Servicer(prefill, add_PrefillServiceServicer_to_server, "omni.prefill.v1.PrefillService"),
+            Servicer(decode, add_DecodeServiceServicer_to_server, "omni.decode.v1.DecodeService"),
+            Servicer(worker, add_WorkerServiceServicer_to_server, "omni.engine.v1.WorkerService"),
+        ]
 
 
 async def run_worker(settings: WorkerSettings, version: str) -> int:

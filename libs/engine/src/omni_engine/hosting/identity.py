@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from omni_engine.hosting.settings import EngineRole, WorkerSettings
+from omni_engine.hosting.settings import WorkerSettings
 
 
 @dataclass(slots=True)
 class Identity:
     """Name, address and epoch of one start of a worker; name and address follow from the bound port."""
 
-    role: EngineRole
     epoch: int
     labels: Mapping[str, str] = field(default_factory=dict)
     worker_id: str = ""

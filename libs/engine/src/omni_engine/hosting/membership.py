@@ -11,6 +11,7 @@ from omni.engine.v1.engine_pb2 import WorkerInfo
 from omni.kvstore.v1.kvstore_service_pb2 import RegisterRequest, RegisterResponse
 from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceStub
 from omni_engine.hosting.admission import Admission
+from omni_engine.hosting.settings import EngineRole
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,15 @@ class Membership:
     """Keeps one Register stream open for ever. Its loss is logged once per outage and never stops serving."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, info: WorkerInfo, admission: Admission, on_snapshot_wanted: Callable[[], None]
+        self,
+        channel: grpc.aio.Channel,
+        describe: Callable[[], WorkerInfo],
+        admission: Admission,
+        on_snapshot_wanted: Callable[[], None],
     ) -> None:
+        """`describe` is asked again when the role of `admission` has changed."""
         self._stub = KvStoreServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._info = info
+        self._describe = describe
         self._admission = admission
         self._on_snapshot_wanted = on_snapshot_wanted
         self._registered = asyncio.Event()
@@ -53,15 +59,17 @@ class Membership:
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
     async def _hold(self) -> None:
-        """One stream: info first, then a heartbeat every third of the lease and at once when draining changes."""
+        """One stream: info first, then a heartbeat every third of the lease, and at once what has changed."""
         call = self._stub.Register()
         try:
-            request = RegisterRequest(info=self._info, draining=self._admission.is_draining)
+            told_role = None
             while True:
-                response = await self._exchange(call, request)
+                role, draining = self._admission.role, self._admission.is_draining
+                info = self._describe() if role != told_role else None
+                response = await self._exchange(call, RegisterRequest(info=info, draining=draining))
+                told_role = role
                 self._note_answer(response)
-                await self._pause(response.lease_s / 3, request.draining)
-                request = RegisterRequest(draining=self._admission.is_draining)
+                await self._pause(response.lease_s / 3, (role, draining))
         except asyncio.CancelledError:
             await self._leave(call)
             raise
@@ -81,11 +89,12 @@ class Membership:
             exchange.cancel()
             raise
 
-    async def _pause(self, seconds: float, told_draining: bool) -> None:
-        loop = asyncio.get_running_loop()
+    async def _pause(self, seconds: float, told: tuple[EngineRole, bool]) -> None:
+        """So long, or until role or draining are not what was told."""
+        loop, admission = asyncio.get_running_loop(), self._admission
         until_s = loop.time() + max(0.05, seconds)
-        while (remaining_s := until_s - loop.time()) > 0 and self._admission.is_draining == told_draining:
-            await self._admission.changed(remaining_s)
+        while (remaining_s := until_s - loop.time()) > 0 and (admission.role, admission.is_draining) == told:
+            await admission.changed(remaining_s)
 
     async def _leave(self, call: "grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]") -> None:
         if not self.is_registered:

@@ -73,7 +73,7 @@ class PoolPublisher:
         self._blocks: dict[bytes, Block] = {}
         self._publisher = BlockPublisher(channel, info.pool_id, info.epoch, self._pages, interval_s)
         admission = Admission(info.model)
-        self._membership = Membership(channel, info.to_wire(), admission, self._publisher.request_snapshot)
+        self._membership = Membership(channel, info.to_wire, admission, self._publisher.request_snapshot)
         self.refused = 0
 
     def __len__(self) -> int:

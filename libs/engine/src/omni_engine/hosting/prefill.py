@@ -14,6 +14,7 @@ from omni.prefill.v1.prefill_service_pb2 import (
 )
 from omni.prefill.v1.prefill_service_pb2_grpc import PrefillServiceServicer
 from omni_common.errors import InvalidRequest
+from omni_engine.hosting.accounts import Accounts
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.background import Background
 from omni_engine.hosting.identity import Identity
@@ -33,19 +34,26 @@ class PrefillServicer(PrefillServiceServicer):
     """Wire edge of `Engine.prefill` and `Engine.release`."""
 
     def __init__(
-        self, engine: Engine, admission: Admission, background: Background, metrics: WorkerMetrics, identity: Identity
+        self,
+        engine: Engine,
+        admission: Admission,
+        accounts: Accounts,
+        background: Background,
+        metrics: WorkerMetrics,
+        identity: Identity,
     ) -> None:
         self._engine = engine
         self._admission = admission
+        self._accounts = accounts
         self._background = background
         self._metrics = metrics
         self._identity = identity
 
     async def Prefill(self, request: PrefillRequest, context: Any) -> PrefillResponse:
-        self._admission.check(request.model)
+        self._admission.check(request.model, "prefill")
         job = _job(request)
         started_s = time.monotonic()
-        with self._admission.slot():
+        with self._admission.slot(), self._accounts.prefill(request.proxy_id, job.believed_tokens):
             result = await self._run(job)
         elapsed_s = time.monotonic() - started_s
         self._admission.observe(elapsed_s)
@@ -116,4 +124,5 @@ def _job(request: PrefillRequest) -> PrefillJob:
     if not request.request_id:
         raise InvalidRequest("request_id must not be empty", field="request_id")
     tokens = require_tokens(request.token_ids)
-    return PrefillJob(request.request_id, tokens, sampling_from_wire(request.sampling), request.cache_salt)
+    uncached = request.uncached_tokens if request.HasField("uncached_tokens") else None
+    return PrefillJob(request.request_id, tokens, sampling_from_wire(request.sampling), request.cache_salt, uncached)

@@ -1,4 +1,4 @@
-"""One sequence of a session: its names, its timer, and the span that tells its life."""
+"""One sequence of a session: its names, its timer, its share of the load, and the span that tells its life."""
 
 import asyncio
 import time
@@ -6,6 +6,7 @@ import time
 from opentelemetry import propagate, trace
 
 from omni.decode.v1.decode_service_pb2 import Submit
+from omni_engine.hosting.accounts import Share
 from omni_engine.ports import SequenceStart
 
 
@@ -14,6 +15,7 @@ class SessionSequence:
 
     __slots__ = (
         "_first_token_ms",
+        "_share",
         "_span",
         "_start",
         "_submitted_s",
@@ -25,13 +27,15 @@ class SessionSequence:
         "timer",
     )
 
-    def __init__(self, submit: Submit, engine_id: str, worker_id: str) -> None:
+    def __init__(self, submit: Submit, engine_id: str, worker_id: str, share: Share) -> None:
+        """Closes `share` at the end."""
         self.stream_id = submit.stream_id
         self.engine_id = engine_id
         self.prompt_tokens = len(submit.token_ids)
         self.output_tokens = 0
         self.timer: asyncio.TimerHandle | None = None
         self.has_ended = False
+        self._share = share
         self._submitted_s = time.monotonic()
         self._first_token_ms = 0.0
         self._start: SequenceStart | None = None
@@ -43,12 +47,15 @@ class SessionSequence:
         )
 
     def started(self, start: SequenceStart) -> None:
+        """With its first token."""
+        self._share.computed()
         self._start = start
         self._first_token_ms = (time.monotonic() - self._submitted_s) * 1e3
 
     def end(self, reason: str, detail: str = "") -> None:
-        """Stop the timer and end the span."""
+        """Close the share, stop the timer and end the span."""
         self.has_ended = True
+        self._share.close()
         if self.timer is not None:
             self.timer.cancel()
         span = self._span

@@ -18,6 +18,7 @@ from omni.decode.v1.decode_service_pb2 import (
 )
 from omni.decode.v1.decode_service_pb2_grpc import DecodeServiceServicer
 from omni_common.errors import InvalidRequest, OmniError, Unavailable
+from omni_engine.hosting.accounts import Accounts
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.background import Background
 from omni_engine.hosting.identity import Identity
@@ -50,6 +51,7 @@ class DecodeHost:
 
     engine: Engine
     admission: Admission
+    accounts: Accounts
     background: Background
     metrics: WorkerMetrics
     identity: Identity
@@ -64,9 +66,9 @@ class DecodeServicer(DecodeServiceServicer):
         self._numbers = itertools.count(1)
 
     async def Session(self, requests: AsyncIterator[SessionRequest], context: Any) -> AsyncIterator[SessionResponse]:
-        await _expect_hello(requests)
+        proxy_id = await _expect_hello(requests)
         identity, limits = self._host.identity, self._host.limits
-        session = Session(self._host, next(self._numbers))
+        session = Session(self._host, next(self._numbers), proxy_id)
         # A generator that is suspended in a write is not resumed when its call is cancelled.
         context.add_done_callback(lambda _: session.close())
         reader = asyncio.create_task(session.read(requests), name="session-reader")
@@ -84,9 +86,10 @@ class DecodeServicer(DecodeServiceServicer):
 class Session:
     """The sequences of one stream; its `_on_step` is the sink of all of them."""
 
-    def __init__(self, host: DecodeHost, number: int) -> None:
+    def __init__(self, host: DecodeHost, number: int, proxy_id: str) -> None:
         self._host = host
         self._number = number
+        self._proxy_id = proxy_id
         self._by_stream: dict[int, SessionSequence] = {}
         self._by_engine: dict[str, SessionSequence] = {}
         self.outbox = Outbox(host.limits.frame_window, host.limits.max_pending_tokens)
@@ -141,7 +144,7 @@ class Session:
     def _accept(self, submit: Submit) -> DecodeJob:
         if submit.stream_id in self._by_stream:
             raise InvalidRequest(f"stream_id {submit.stream_id} is in use", field="stream_id")
-        self._host.admission.check(submit.model)
+        self._host.admission.check(submit.model, "decode")
         tokens = require_tokens(submit.token_ids)
         if submit.num_output_tokens >= len(tokens):
             raise InvalidRequest("num_output_tokens leaves no prompt", field="num_output_tokens")
@@ -152,10 +155,12 @@ class Session:
             num_output_tokens=submit.num_output_tokens,
             kv_handle=handle_from_wire(submit.kv_handle) if submit.HasField("kv_handle") else None,
             cache_salt=submit.cache_salt,
+            uncached_tokens=submit.uncached_tokens if submit.HasField("uncached_tokens") else None,
         )
 
     def _register(self, submit: Submit, job: DecodeJob) -> SessionSequence:
-        sequence = SessionSequence(submit, job.request_id, self._host.identity.worker_id)
+        share = self._host.accounts.sequence(self._proxy_id, job.believed_tokens)
+        sequence = SessionSequence(submit, job.request_id, self._host.identity.worker_id, share)
         self._by_stream[sequence.stream_id] = self._by_engine[sequence.engine_id] = sequence
         self._host.admission.enter()
         if submit.deadline_ms:
@@ -237,9 +242,10 @@ class Session:
         sequence.end(reason, detail)
 
 
-async def _expect_hello(requests: AsyncIterator[SessionRequest]) -> None:
+async def _expect_hello(requests: AsyncIterator[SessionRequest]) -> str:
+    """The client's name."""
     async for message in requests:
         if message.WhichOneof("message") == "hello":
-            return
+            return message.hello.proxy_id
         break
     raise InvalidRequest("a session begins with hello", field="hello")

@@ -11,6 +11,9 @@ from omni_engine.sim.settings import SimSettings
 from omni_engine.vllm_settings import VllmSettings
 
 EngineRole = Literal["prefill", "decode", "both"]
+Leg = Literal["prefill", "decode"]
+
+GROUP_LABEL = "omni.group"
 
 
 class WorkerSettings(ServiceSettings):
@@ -28,6 +31,7 @@ class WorkerSettings(ServiceSettings):
     vllm: VllmSettings = VllmSettings.model_validate({})
     sim: SimSettings = SimSettings.model_validate({})
     labels: dict[str, str] = Field(default_factory=dict, description="Published with the worker, e.g. host or rack")
+    group: str = Field("", description="Prefill workers of a group serve its decode workers; empty: all of them")
 
     max_queued: int = Field(256, ge=0, description="Sequences and prefills accepted beyond max_num_seqs")
     frame_window: int = Field(64, ge=1, description="Frames sent before an acknowledgement is awaited")
@@ -35,6 +39,11 @@ class WorkerSettings(ServiceSettings):
     submit_timeout_s: float = Field(10.0, gt=0, description="How long the engine may take to accept a sequence")
     events_interval_s: float = Field(0.2, gt=0, description="Block events are published in batches this far apart")
     max_mirrored_blocks: int = Field(1_000_000, ge=1, description="Blocks whose keys are remembered for the kvstore")
+
+    @property
+    def published_labels(self) -> dict[str, str]:
+        """The labels, the group among them."""
+        return {**self.labels, **({GROUP_LABEL: self.group} if self.group else {})}
 
     @property
     def model_name(self) -> str:

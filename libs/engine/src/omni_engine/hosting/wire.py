@@ -1,13 +1,14 @@
 """Messages of the contracts <-> values of the engine port."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from omni.engine.v1 import engine_pb2
 from omni.kv.v1 import kv_pb2
 from omni_common.errors import InvalidRequest
 from omni_engine import ports
+from omni_engine.hosting.settings import EngineRole
 
-ROLES = {
+ROLES: Mapping[EngineRole, engine_pb2.Role] = {
     "prefill": engine_pb2.ROLE_PREFILL,
     "decode": engine_pb2.ROLE_DECODE,
     "both": engine_pb2.ROLE_BOTH,
@@ -24,6 +25,11 @@ MEDIA = {
     ports.Medium.DISK: kv_pb2.MEDIUM_DISK,
     ports.Medium.REMOTE: kv_pb2.MEDIUM_REMOTE,
 }
+
+
+def role_from_wire(role: engine_pb2.Role) -> EngineRole | None:
+    """None for a role that no engine has."""
+    return next((name for name, value in ROLES.items() if value == role), None)
 
 
 def sampling_from_wire(message: engine_pb2.Sampling) -> ports.SamplingParams:
@@ -98,7 +104,7 @@ def logprobs_to_wire(logprobs: ports.Logprobs) -> engine_pb2.Logprobs:
 
 
 def info_to_wire(
-    info: ports.EngineInfo, worker_id: str, address: str, role: str, epoch: int, labels: dict[str, str]
+    info: ports.EngineInfo, worker_id: str, address: str, role: EngineRole, epoch: int, labels: dict[str, str]
 ) -> engine_pb2.WorkerInfo:
     """What the worker is, for Describe and for the kvstore."""
     return engine_pb2.WorkerInfo(

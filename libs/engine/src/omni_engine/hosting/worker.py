@@ -1,6 +1,6 @@
 """WorkerService: what the worker is, how loaded it is, and how it is emptied."""
 
-import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,16 +13,22 @@ from omni.engine.v1.worker_service_pb2 import (
     DrainResponse,
     ListBlocksRequest,
     ListBlocksResponse,
+    SetRoleRequest,
+    SetRoleResponse,
     WatchStatsRequest,
     WatchStatsResponse,
 )
 from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceServicer
-from omni_common.errors import FailedPrecondition, Unavailable
+from omni_common.errors import FailedPrecondition, InvalidRequest, Unavailable
+from omni_engine.hosting.accounts import Accounts
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.identity import Identity
 from omni_engine.hosting.mirror import BlockMirror
-from omni_engine.hosting.wire import MEDIA, info_to_wire
+from omni_engine.hosting.settings import EngineRole
+from omni_engine.hosting.wire import MEDIA, ROLES, info_to_wire, role_from_wire
 from omni_engine.ports import Engine, EngineStats
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_INTERVAL_MS = 50
 _SHORTEST_INTERVAL_MS = 10
@@ -33,11 +39,12 @@ _BLOCKS_PER_PAGE = 16_384
 
 
 class Worker:
-    """One engine in its cluster: describes itself, reports load, drains."""
+    """One engine in its cluster: describes itself, reports load, changes its role, drains."""
 
-    def __init__(self, engine: Engine, admission: Admission, identity: Identity) -> None:
+    def __init__(self, engine: Engine, admission: Admission, accounts: Accounts, identity: Identity) -> None:
         self._engine = engine
         self._admission = admission
+        self._accounts = accounts
         self._identity = identity
 
     def describe(self) -> WorkerInfo:
@@ -49,7 +56,7 @@ class Worker:
             self._engine.info,
             identity.worker_id,
             identity.address,
-            identity.role,
+            self._admission.role,
             identity.epoch,
             dict(identity.labels),
         )
@@ -77,8 +84,27 @@ class Worker:
     def resume(self) -> None:
         self._admission.set_draining(False)
 
-    def load(self) -> WatchStatsResponse:
-        stats = self.stats() or EngineStats()
+    def set_role(self, role: EngineRole) -> EngineRole:
+        """Take the legs of this role; returns the role until now.
+
+        Raises:
+            Unavailable: the engine is not loaded.
+            FailedPrecondition: the engine was started for its role only.
+        """
+        if not self._admission.is_ready:
+            raise Unavailable("the engine is not ready", reason="loading", retry_after_s=1.0)
+        previous = self._admission.role
+        if role == previous:
+            return previous
+        if self._engine.info.fixed_role:
+            raise FailedPrecondition(self._engine.info.fixed_role, reason="role_fixed")
+        self._admission.set_role(role)
+        log.info("role changed", extra={"role": role, "previous": previous, "running": self._admission.active})
+        return previous
+
+    def load(self, proxy_id: str = "") -> WatchStatsResponse:
+        """What the worker has to do; `others_*` is the work of all but this proxy."""
+        stats, others = self.stats() or EngineStats(), self._accounts.others(proxy_id)
         return WatchStatsResponse(
             worker_id=self._identity.worker_id,
             epoch=self._identity.epoch,
@@ -91,6 +117,13 @@ class Worker:
             draining=self._admission.is_draining,
             generated_tokens=stats.generated_tokens,
             computed_prompt_tokens=stats.computed_prompt_tokens,
+            others_prefills=others.prefills,
+            others_uncached_tokens=others.uncached_tokens,
+            others_sequences=others.sequences,
+            context_tokens=stats.context_tokens,
+            steps=stats.steps,
+            busy_ms=stats.busy_ms,
+            role=ROLES[self._admission.role],
         )
 
 
@@ -119,11 +152,17 @@ class WorkerServicer(WorkerServiceServicer):
         interval_s = max(_SHORTEST_INTERVAL_MS, request.min_interval_ms or _DEFAULT_INTERVAL_MS) / 1e3
         last, sent_s = None, 0.0
         while True:
-            load, now_s = self._worker.load(), time.monotonic()
+            load, now_s = self._worker.load(request.proxy_id), time.monotonic()
             if load != last or now_s - sent_s >= _LONGEST_SILENCE_S:
                 yield load
                 last, sent_s = load, now_s
-            await asyncio.sleep(interval_s)
+            await self._pause(interval_s)
+
+    async def SetRole(self, request: SetRoleRequest, context: Any) -> SetRoleResponse:
+        if (role := role_from_wire(request.role)) is None:
+            raise InvalidRequest("a worker's role is prefill, decode or both", field="role")
+        previous = self._worker.set_role(role)
+        return SetRoleResponse(role=request.role, previous=ROLES[previous])
 
     async def ListBlocks(self, request: ListBlocksRequest, context: Any) -> AsyncIterator[ListBlocksResponse]:
         epoch = self._worker.describe().epoch
@@ -146,3 +185,10 @@ class WorkerServicer(WorkerServiceServicer):
         limit_s = self._drain_timeout_s if remaining_s is None else max(0.0, remaining_s - _ANSWER_MARGIN_S)
         drained = await self._worker.drain(limit_s)
         return DrainResponse(drained=drained, running=self._admission.active, leases=self._worker.leases)
+
+    async def _pause(self, interval_s: float) -> None:
+        """An interval; a change of role or draining ends it early."""
+        admission = self._admission
+        told, until_s = (admission.role, admission.is_draining), time.monotonic() + interval_s
+        while (admission.role, admission.is_draining) == told and (left_s := until_s - time.monotonic()) > 0:
+            await admission.changed(left_s)

@@ -14,7 +14,7 @@ from omni_engine.ports import DecodeJob, EventBatch, FinishReason, KvHandle, Pre
 from omni_engine.sim.clock import Clock, WallClock
 from omni_engine.sim.experts import ExpertCounter
 from omni_engine.sim.leases import LeaseTable
-from omni_engine.sim.scheduler import Scheduler, Step, queued_tokens
+from omni_engine.sim.scheduler import Scheduler, Step
 from omni_engine.sim.sequence import SimSequence
 from omni_engine.sim.settings import SimSettings
 from omni_engine.sim.tokens import TokenStream
@@ -44,6 +44,8 @@ class SimEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._step_ms = 0.0
+        self._steps = 0
+        self._busy_s = 0.0
         self._generated = 0
         self._computed_prompt = 0
         self.faults = settings.faults.model_copy()
@@ -60,6 +62,7 @@ class SimEngine:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             num_moe_layers=settings.num_moe_layers,
             num_experts=settings.num_experts,
+            fixed_role=settings.fixed_role,
         )
 
     async def start(self) -> None:
@@ -115,12 +118,15 @@ class SimEngine:
         return ports.EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(scheduler.pulling),
-            queued_tokens=queued_tokens([*self._by_id.values()]),
+            queued_tokens=scheduler.queued_tokens,
             kv_usage=scheduler.pool.usage,
             leases=len(self._leases),
             step_ms=self._step_ms,
             generated_tokens=self._generated,
             computed_prompt_tokens=self._computed_prompt,
+            context_tokens=scheduler.context_tokens,
+            steps=self._steps,
+            busy_ms=self._busy_s * 1e3,
         )
 
     async def events(self) -> AsyncIterator[EventBatch]:
@@ -172,7 +178,9 @@ class SimEngine:
         tokens, sampling = list(job.token_ids), job.sampling
         stream = TokenStream(self._settings, tokens[:num_prompt], sampling)
         now_s = self._clock.now_s()
-        return SimSequence(job.request_id, tokens, num_prompt, sampling, stream, job.cache_salt, now_s)
+        return SimSequence(
+            job.request_id, tokens, num_prompt, sampling, stream, job.cache_salt, now_s, job.believed_tokens
+        )
 
     def _enqueue(self, sequence: SimSequence) -> None:
         self._by_id[sequence.request_id] = sequence
@@ -213,10 +221,14 @@ class SimEngine:
                 self._work.clear()
                 await self._work.wait()
                 continue
+            started_s, generated = self._clock.now_s(), self._generated
             duration_ms = step.duration_ms(self._settings.timing) * self.faults.slow_factor
             await self._clock.sleep(duration_ms / 1e3)
             self._step_ms += _SMOOTHING * (duration_ms - self._step_ms)
             self._commit(step)
+            if self._generated > generated:
+                self._steps += 1
+                self._busy_s += self._clock.now_s() - started_s
             self._publish()
 
     def _commit(self, step: Step) -> None:

@@ -1,7 +1,6 @@
 """Chunked continuous batching over the block pool: which sequence computes how many tokens in the next step. Pure."""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from omni_engine.ports import KvHandle
@@ -78,6 +77,18 @@ class Scheduler:
         self._register(sequence)
         return sequence.uncomputed == 0
 
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens to be computed: what is left where the prompt runs, else what its caller believes."""
+        left = sum(max(0, s.num_prompt - s.computed) for s in self.running)
+        believed = sum(s.believed_tokens for place in (self.waiting, self.pulling) for s in place if not s.has_started)
+        return left + believed
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the sequences that generate."""
+        return sum(len(s.tokens) for s in self.running if s.has_started)
+
     def _admit(self, step: Step, budget: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self._in_batch < self._settings.max_num_seqs:
             sequence = self.waiting[0]
@@ -136,8 +147,3 @@ class Scheduler:
         if full > known:
             sequence.hashes = chain_hashes(sequence.tokens[: full * size], size, sequence.salt)
             self.pool.register(sequence.blocks, sequence.hashes, known, sequence.tokens, sequence.salt)
-
-
-def queued_tokens(sequences: Sequence[SimSequence]) -> int:
-    """Prompt tokens not computed yet."""
-    return sum(max(0, s.num_prompt - s.computed) for s in sequences)

@@ -9,7 +9,10 @@ from omni_engine.sim.tokens import TokenStream
 
 @dataclass(slots=True, eq=False)
 class SimSequence:
-    """`computed` of `tokens` have their keys and values in `blocks`; times are on the engine's clock."""
+    """`computed` of `tokens` have their keys and values in `blocks`; times are on the engine's clock.
+
+    `believed_tokens` of the prompt count as queued until it runs.
+    """
 
     request_id: str
     tokens: list[int]
@@ -18,6 +21,7 @@ class SimSequence:
     stream: TokenStream
     salt: str
     arrived_s: float
+    believed_tokens: int
     sink: StepSink | None = None
     result: "asyncio.Future[PrefillResult] | None" = None
     handle: KvHandle | None = None

@@ -66,6 +66,7 @@ class SimSettings(BaseModel):
     lease_s: float = Field(30.0, gt=0, description="How long a finished prefill's blocks wait to be pulled")
     pull_timeout_s: float = Field(5.0, gt=0, description="How long the holder of blocks may take to answer")
     kv_host: str = Field("127.0.0.1", description="Address other engines reach this one's leases by")
+    fixed_role: str = Field("", description="Why the worker's role may not change; empty: it may")
     num_moe_layers: int = Field(4, ge=0)
     num_experts: int = Field(16, ge=0)
     experts_per_token: int = Field(4, ge=0)

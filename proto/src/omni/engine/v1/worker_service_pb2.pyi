@@ -18,13 +18,15 @@ class DescribeResponse(_message.Message):
     def __init__(self, info: _Optional[_Union[_engine_pb2.WorkerInfo, _Mapping]] = ...) -> None: ...
 
 class WatchStatsRequest(_message.Message):
-    __slots__ = ("min_interval_ms",)
+    __slots__ = ("min_interval_ms", "proxy_id")
     MIN_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    PROXY_ID_FIELD_NUMBER: _ClassVar[int]
     min_interval_ms: int
-    def __init__(self, min_interval_ms: _Optional[int] = ...) -> None: ...
+    proxy_id: str
+    def __init__(self, min_interval_ms: _Optional[int] = ..., proxy_id: _Optional[str] = ...) -> None: ...
 
 class WatchStatsResponse(_message.Message):
-    __slots__ = ("worker_id", "epoch", "running", "waiting", "queued_tokens", "kv_usage", "leases", "step_ms", "draining", "generated_tokens", "computed_prompt_tokens")
+    __slots__ = ("worker_id", "epoch", "running", "waiting", "queued_tokens", "kv_usage", "leases", "step_ms", "draining", "generated_tokens", "computed_prompt_tokens", "others_prefills", "others_uncached_tokens", "others_sequences", "context_tokens", "steps", "busy_ms", "role")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +38,13 @@ class WatchStatsResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_PREFILLS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_MS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     running: int
@@ -47,7 +56,14 @@ class WatchStatsResponse(_message.Message):
     draining: bool
     generated_tokens: int
     computed_prompt_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., leases: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., generated_tokens: _Optional[int] = ..., computed_prompt_tokens: _Optional[int] = ...) -> None: ...
+    others_prefills: int
+    others_uncached_tokens: int
+    others_sequences: int
+    context_tokens: int
+    steps: int
+    busy_ms: float
+    role: _engine_pb2.Role
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., leases: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., generated_tokens: _Optional[int] = ..., computed_prompt_tokens: _Optional[int] = ..., others_prefills: _Optional[int] = ..., others_uncached_tokens: _Optional[int] = ..., others_sequences: _Optional[int] = ..., context_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., busy_ms: _Optional[float] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("resume",)
@@ -64,6 +80,20 @@ class DrainResponse(_message.Message):
     running: int
     leases: int
     def __init__(self, drained: _Optional[bool] = ..., running: _Optional[int] = ..., leases: _Optional[int] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("role",)
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    role: _engine_pb2.Role
+    def __init__(self, role: _Optional[_Union[_engine_pb2.Role, str]] = ...) -> None: ...
+
+class SetRoleResponse(_message.Message):
+    __slots__ = ("role", "previous")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    role: _engine_pb2.Role
+    previous: _engine_pb2.Role
+    def __init__(self, role: _Optional[_Union[_engine_pb2.Role, str]] = ..., previous: _Optional[_Union[_engine_pb2.Role, str]] = ...) -> None: ...
 
 class ListBlocksRequest(_message.Message):
     __slots__ = ()

@@ -50,6 +50,11 @@ class WorkerServiceStub:
                 request_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainRequest.SerializeToString,
                 response_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/omni.engine.v1.WorkerService/SetRole',
+                request_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
         self.ListBlocks = channel.unary_stream(
                 '/omni.engine.v1.WorkerService/ListBlocks',
                 request_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.ListBlocksRequest.SerializeToString,
@@ -69,7 +74,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchStats(self, request, context):
-        """Load of the worker, now and then whenever it changes, at most once per min_interval_ms.
+        """Load of the worker, now and then whenever it changes, at most once per min_interval_ms; a change of `draining`
+        or `role` is told at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,6 +83,14 @@ class WorkerServiceServicer:
 
     def Drain(self, request, context):
         """Refuse new work, finish what runs, answer when none is left or the deadline is near.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRole(self, request, context):
+        """Change which legs the worker takes. What runs goes on; new work of a leg it no longer has is refused with
+        FAILED_PRECONDITION, as is a role that the engine was not started for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,6 +120,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainRequest.FromString,
                     response_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.SetRoleRequest.FromString,
+                    response_serializer=omni_dot_engine_dot_v1_dot_worker__service__pb2.SetRoleResponse.SerializeToString,
             ),
             'ListBlocks': grpc.unary_stream_rpc_method_handler(
                     servicer.ListBlocks,
@@ -195,6 +214,33 @@ class WorkerService:
             '/omni.engine.v1.WorkerService/Drain',
             omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainRequest.SerializeToString,
             omni_dot_engine_dot_v1_dot_worker__service__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.engine.v1.WorkerService/SetRole',
+            omni_dot_engine_dot_v1_dot_worker__service__pb2.SetRoleRequest.SerializeToString,
+            omni_dot_engine_dot_v1_dot_worker__service__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

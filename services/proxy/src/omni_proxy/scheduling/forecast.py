@@ -1,9 +1,12 @@
 """What a worker will find of a prompt: in its cache, on the way there, or to be loaded at a price."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from omni_common.prefix_index import Prefixes, Tier
+from omni_proxy.scheduling.view import Floats
 
 _COMPUTED_TIERS = 2
 """`hbm` and `expected` come first; all tiers after them have to be loaded from."""
@@ -52,6 +55,20 @@ class Outlook:
                 depth = blocks
         size = self._block_size
         return Forecast(cached * size, (cached - reached[0]) * size, (depth - cached) * size, load_ms)
+
+
+    def columns(self, worker_ids: Sequence[str]) -> Floats:
+        """As `of`, of many workers: rows cached, expected, loadable tokens and load_ms; one column per worker."""
+        reached = self._prefixes.matrix(worker_ids)
+        cached = reached[:, _COMPUTED_TIERS - 1]
+        depth, load_ms = cached.copy(), np.zeros(len(worker_ids))
+        for tier, cost in enumerate(self._costs, _COMPUTED_TIERS):
+            more = np.maximum(reached[:, tier] - depth, 0)
+            if more.any():
+                load_ms += np.where(more > 0, cost.latency_ms + more * cost.ms_per_block, 0.0)
+                depth += more
+        size = self._block_size
+        return np.stack([cached * size, (cached - reached[:, 0]) * size, (depth - cached) * size, load_ms])
 
 
 def reusable_tokens(cached_tokens: int, prompt_tokens: int, block_size: int) -> int:

@@ -1,0 +1,228 @@
+"""The load process: `python -m proxyload.client < plan.json`; closed-loop streams over HTTP that cost little to read.
+
+It prints one JSON object per line: `{"mark": "begin"}` and `{"mark": "end"}` around the measured window, then what it
+saw. Every answer's length is checked, and the whole text of each stream's first one. Latencies in ms, of the window.
+"""
+
+import asyncio
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import uvloop
+from sidebyside.wire import BadAnswer, post
+
+_TOKEN = b'"delta":{"content":'
+_LAST = b"0\r\n\r\n"
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
+_CHUNK_BORDER = re.compile(rb"(?:^|\r\n)[0-9a-f]+\r\n")
+
+
+@dataclass(slots=True)
+class Seen:
+    """What arrived. `events` counts token-bearing events of the window, `reads` what brought them."""
+
+    begin_s: float = float("inf")
+    end_s: float = float("inf")
+    events: int = 0
+    reads: int = 0
+    answers: int = 0
+    answer_events: int = 0
+    answer_tokens: int = 0
+    wrong_answers: int = 0
+    connect_ms: list[float] = field(default_factory=list)
+    ttft_ms: list[float] = field(default_factory=list)
+    itl_ms: list[float] = field(default_factory=list)
+
+
+class Stream(asyncio.Protocol):
+    """One kept-alive connection; the next request follows the last answer at once."""
+
+    def __init__(self, plan: "Plan", seen: Seen, failed: asyncio.Future[None]) -> None:
+        self._plan = plan
+        self._seen = seen
+        self._failed = failed
+        self._transport: asyncio.Transport | None = None
+        self._rest = b""
+        self._first: list[bytes] | None = []
+        self._has_status = False
+        self._events = 0
+        self._sent_s = 0.0
+        self._last_s = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:
+            self._fail(f"the connection ended within an answer: {exc}")
+
+    def send(self) -> None:
+        if self._transport is not None:
+            self._has_status, self._events, self._last_s = False, 0, 0.0
+            self._sent_s = time.perf_counter()
+            self._transport.write(self._plan.request)
+
+    def close(self) -> None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        if not data.endswith(b"\r\n"):  # within a chunk
+            whole = data.rfind(b"\n\n\r\n") + 4 if b"\n\n\r\n" in data else 0
+            data, self._rest = data[:whole], data[whole:]
+        if not self._has_status:
+            self._has_status = bool(data)
+            if data and not data.startswith(b"HTTP/1.1 200"):
+                self._fail(data[:500].decode(errors="replace"))
+        if self._first is not None:
+            self._first.append(data)
+        if fresh := data.count(_TOKEN):
+            self._note(now, fresh)
+        if data.endswith(_LAST):
+            self._finish(data)
+
+    def _note(self, now: float, fresh: int) -> None:
+        seen = self._seen
+        self._events += fresh
+        if seen.begin_s <= now <= seen.end_s:
+            seen.events += fresh
+            seen.reads += 1
+            if self._last_s:
+                seen.itl_ms.append((now - self._last_s) * 1e3)
+            else:
+                seen.ttft_ms.append((now - self._sent_s) * 1e3)
+        self._last_s = now
+
+    def _finish(self, data: bytes) -> None:
+        seen = self._seen
+        usage = _COMPLETION_TOKENS.search(data)
+        if usage is None:
+            self._fail(f"no usage in the last read: {data[-300:]!r}")
+            return
+        tokens = int(usage[1])
+        seen.answers += 1
+        seen.answer_events += self._events
+        seen.answer_tokens += tokens
+        is_wrong = tokens != self._plan.max_tokens
+        if self._first is not None:
+            is_wrong |= text_of(b"".join(self._first)) != self._plan.text
+            self._first = None
+        seen.wrong_answers += is_wrong
+        self.send()
+
+    def _fail(self, reason: str) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(BadAnswer(reason))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every stream asks, and the text it is to get."""
+
+    request: bytes
+    max_tokens: int
+    text: str
+
+
+def plan_of(duties: dict[str, Any]) -> Plan:
+    body = {
+        "model": duties["model"],
+        "messages": [{"role": "user", "content": duties["prompt"]}],
+        "max_tokens": duties["max_tokens"],
+        "stop": duties["stop"],
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    request = post(duties["host"], "/v1/chat/completions", json.dumps(body).encode())
+    return Plan(request, duties["max_tokens"], duties["text"])
+
+
+def text_of(answer: bytes) -> str:
+    """The content of a chunked event stream, joined."""
+    _, _, body = answer.partition(b"\r\n\r\n")
+    parts = []
+    for line in _CHUNK_BORDER.sub(b"\n", body).splitlines():
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                parts.append(choice["delta"].get("content", ""))
+    return "".join(parts)
+
+
+async def _run(duties: dict[str, Any]) -> dict[str, Any]:
+    seen, plan, loop = Seen(), plan_of(duties), asyncio.get_running_loop()
+    failed: asyncio.Future[None] = loop.create_future()
+
+    async def connected() -> Stream:
+        began = time.perf_counter()
+        _, stream = await loop.create_connection(lambda: Stream(plan, seen, failed), duties["host"], duties["port"])
+        seen.connect_ms.append((time.perf_counter() - began) * 1e3)
+        return stream
+
+    streams = await asyncio.gather(*(connected() for _ in range(duties["streams"])))
+    for stream in streams:
+        stream.send()
+    await asyncio.wait({failed}, timeout=duties["warm_s"])
+    _print({"mark": "begin"})
+    cpu_s = time.process_time()
+    seen.begin_s = time.perf_counter()
+    await asyncio.wait({failed}, timeout=duties["measure_s"])
+    seen.end_s = time.perf_counter()
+    cpu_s = time.process_time() - cpu_s
+    _print({"mark": "end"})
+    for stream in streams:
+        stream.close()
+    if failed.done():
+        failed.result()
+    return _result(seen, cpu_s)
+
+
+def _result(seen: Seen, cpu_s: float) -> dict[str, Any]:
+    tokens_per_event = seen.answer_tokens / seen.answer_events if seen.answer_events else 1.0
+    return {
+        "window_s": seen.end_s - seen.begin_s,
+        "client_cpu_s": cpu_s,
+        "tokens": seen.events * tokens_per_event,
+        "tokens_per_event": tokens_per_event,
+        "events_per_read": seen.events / seen.reads if seen.reads else 0.0,
+        "answers": seen.answers,
+        "wrong_answers": seen.wrong_answers,
+        "connect_ms": spread(seen.connect_ms),
+        "ttft_ms": spread(seen.ttft_ms),
+        "itl_ms": spread(seen.itl_ms),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Nearest-rank quantiles; zeros for no values."""
+    ordered = sorted(values) or [0.0]
+    last = len(ordered) - 1
+    return {
+        "count": len(values), "p50": ordered[round(0.5 * last)], "p99": ordered[round(0.99 * last)], "max": ordered[-1]
+    }  # fmt: skip
+
+
+def _print(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def main() -> None:
+    duties = json.load(sys.stdin)
+    try:
+        result = uvloop.run(_run(duties))
+    except (BadAnswer, OSError) as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    _print(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Compare scheduling policies on a simulated fleet that replays a trace.
+
+    python bench/scheduler.py --trace mooncake_conversation_trace.jsonl
+    python bench/scheduler.py --trace mooncake_conversation_trace.jsonl --quick --json policies.json
+
+Simulated: engines compute by a stated model of time, and no device is involved. The proxy's scheduling is the product's
+own code: fleet view, ledger, predictors, prefix index with marks, policies and the queue that holds requests.
+"""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from fleetsim.bounds import most_kept, unreachable
+from fleetsim.compare import ATTAINED, KNEE_SYSTEMS, Runner, served_speed
+from fleetsim.constants import DECODE, PREFILL
+from fleetsim.plot import svg
+from fleetsim.report import HEAD, Fleet, as_json, goals, markdown, rivals, rows, title_of
+from fleetsim.simulation import Scene
+from fleetsim.slo import PROMISES
+from fleetsim.systems import SYSTEMS
+from rich.console import Console
+from rich.table import Table
+from tracereplay.trace import Request, read_trace
+
+LEVELS = {"below": 0.85, "knee": 1.0, "above": 1.2}
+SWEEP = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
+"""Speeds relative to `_SPEED_PER_PREFILL` for each prefill worker."""
+_SPEED_PER_PREFILL = 0.26
+QUICK_REQUESTS = 1500
+QUICK_SYSTEMS = ("cost", "cost/no-hold", "round_robin", "least_loaded", "least_uncached_tokens")
+
+
+def notes_of(requests: list[Request], scene: Scene, seeds: int, fixed_speeds: bool) -> list[str]:
+    """What the reader must know of the model."""
+    tokens = sum(request.input_tokens for request in requests)
+    promise, network = scene.promise, scene.network
+    knee = (
+        "speeds were given"
+        if fixed_speeds
+        else f"the knee is the highest speed at which the best of {', '.join(KNEE_SYSTEMS)} keeps the SLO for "
+        f"{ATTAINED:.0%} of requests (one seed, interpolated); the other levels are "
+        + ", ".join(f"{factor:g}x" for factor in LEVELS.values() if factor != 1)
+        + " of it"
+    )
+    return [
+        f"{len(requests):,} requests, {tokens / 1e6:.1f} million prompt tokens; {knee}",
+        f"simulated, no device: a prompt step takes {PREFILL.prefill_base_ms:g} ms + {PREFILL.prefill_token_ms:g} ms "
+        f"per token + {PREFILL.prefill_context_ms:g} ms per token and token of context, at most "
+        f"{PREFILL.max_num_batched_tokens} tokens (beside decode {DECODE.max_num_batched_tokens}); a decode step "
+        f"{DECODE.step_base_ms:g} ms + {DECODE.step_sequence_ms:g} ms per sequence + {DECODE.step_context_ms:g} ms per "
+        f"token of context; transfer {PREFILL.transfer_latency_ms:g} ms + {PREFILL.kv_bytes_per_token} bytes per token "
+        f"at {PREFILL.transfer_gib_per_s:g} GiB/s; each with {PREFILL.noise:.0%} of noise; "
+        f"{PREFILL.num_blocks * 512 / 1e6:.1f} million tokens of KV per worker",
+        f"SLO, told to the policies: first token within {promise.ttft_s:g} s"
+        + (f" + {promise.unloaded_factor:g}x the unloaded prompt's time" if promise.unloaded_factor else "")
+        + f", mean gap within {promise.itl_s * 1e3:g} ms; scaled: {PROMISES['scaled'].ttft_s:g} s + "
+        f"{PROMISES['scaled'].unloaded_factor:g}x unloaded; strict: 99% of a request's gaps within 100 ms as well",
+        f"workers' stats each {network.stats_s * 1e3:g} ms, messages take {network.message_s * 1e3:g} ms, block events "
+        f"are published each {network.publish_s:g} s; {scene.proxies} proxies",
+        f"{seeds} seeds: median (lowest-highest); a seed means the same arrivals and noise for every system",
+        "other policies run as systems with them do: dispatched at once, engines serve in order of arrival",
+    ]
+
+
+def fleet_of(
+    runner: Runner, requests: list[Request], scene: Scene, speeds: list[float], systems: list[str], seeds: int
+) -> Fleet:
+    """Find the knee unless speeds are given, run all levels, then sweep `cost` and the best others."""
+    grid = [round(factor * _SPEED_PER_PREFILL * scene.prefills, 3) for factor in SWEEP]
+    sweep: dict[str, list[float]] = {}
+    if speeds:
+        knee = speeds[len(speeds) // 2]
+        names = ["below", "knee", "above"] if len(speeds) == 3 else [f"x{speed:g}" for speed in speeds]
+        names[len(speeds) // 2] = "knee"
+        levels = dict(zip(names, speeds, strict=True))
+    else:
+        sweep = dict(runner.sweep(scene, KNEE_SYSTEMS, grid))
+        knee = max(served_speed(grid, kept) for kept in sweep.values())
+        levels = {title: factor * knee for title, factor in LEVELS.items()}
+    found = runner.levels(scene, levels, systems, seeds)
+    if not speeds:
+        promise = scene.promise.name
+        at_knee = next(level for level in found if level.title == "knee")
+        best = sorted(rivals(systems), key=lambda s: -at_knee.median(s, lambda o: o.goodput(promise)))[:2]
+        more = [name for name in ("cost", *best) if name in systems and name not in sweep]
+        sweep |= runner.sweep(scene, more, grid)
+    bounds = {}
+    for title, speed in levels.items():
+        faster = [Request(r.at_s / speed, r.input_tokens, r.output_tokens, r.keys) for r in requests]
+        bounds[title] = {
+            "unreachable": unreachable(faster, scene.promise),
+            "prefill": most_kept(faster, scene.promise, scene.prefills),
+            "all": most_kept(faster, scene.promise, scene.prefills + scene.decodes),
+        }
+    return Fleet(scene.title, knee, found, grid, sweep, bounds)
+
+
+def show(fleets: list[Fleet], notes: list[str], console: Console) -> None:
+    for fleet in fleets:
+        for level in fleet.levels:
+            table = Table(title=title_of(fleet, level))
+            for index, title in enumerate(HEAD):
+                table.add_column(title, justify="right" if 0 < index < len(HEAD) - 1 else "left")
+            for cells in rows(level):
+                table.add_row(*cells)
+            console.print(table)
+    for line in [*(line for fleet in fleets for line in goals(fleet)), *notes]:
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+
+
+def main(
+    trace: Annotated[Path, typer.Option(help="Trace in Mooncake's format, JSON lines", exists=True, dir_okay=False)],
+    quick: Annotated[bool, typer.Option(help=f"{QUICK_REQUESTS} requests, few systems, one fleet, one seed")] = False,
+    requests: Annotated[int | None, typer.Option(min=1, help="Only so many of the trace's requests")] = None,
+    fleets: Annotated[str, typer.Option(help="Prefill x decode workers")] = "",
+    speeds: Annotated[str, typer.Option(help="The trace so many times as fast, instead of a search; for all")] = "",
+    systems: Annotated[str, typer.Option(help="Names, separated by commas; default: all")] = "",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Default 3, quick 1")] = None,
+    slo: Annotated[str, typer.Option(help=f"Told to the policies: {', '.join(PROMISES)}")] = "fixed",
+    slow: Annotated[str, typer.Option(help="worker:factor of its times, such as 0:1.5,9:1.5")] = "",
+    proxies: Annotated[int, typer.Option(min=1)] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes")] = max(1, (os.cpu_count() or 2) // 2),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw goodput over load here, as SVG")] = None,
+) -> None:
+    """Goodput, latency and prediction error of every policy at three loads around the knee."""
+    began_s = time.perf_counter()
+    names = systems.split(",") if systems else list(QUICK_SYSTEMS if quick else SYSTEMS)
+    if unknown := [name for name in names if name not in SYSTEMS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}; known: {', '.join(SYSTEMS)}", param_hint="--systems")
+    if slo not in PROMISES:
+        raise typer.BadParameter(f"known: {', '.join(PROMISES)}", param_hint="--slo")
+    limit = requests or (QUICK_REQUESTS if quick else None)
+    given = [float(speed) for speed in speeds.split(",")] if speeds else [1.8, 2.2, 2.6] if quick else []
+    factors = tuple((int(n), float(f)) for n, f in (pair.split(":") for pair in slow.split(",") if pair))
+    count = seeds or (1 if quick else 3)
+    source, results = read_trace(trace, limit), []
+    scene = Scene(promise=PROMISES[slo], slow=factors, proxies=proxies)
+    with Runner(trace, limit, jobs) as runner:
+        for fleet in (fleets or ("8x8" if quick else "8x8,4x4")).split(","):
+            prefills, decodes = map(int, fleet.split("x"))
+            shape = Scene(prefills, decodes, promise=scene.promise, slow=factors, proxies=proxies)
+            results.append(fleet_of(runner, source, shape, given, names, count))
+    machine = f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
+    took = f"took {time.perf_counter() - began_s:.0f} s in {jobs} processes on {machine}"
+    notes = [*notes_of(source, scene, count, bool(given)), took]
+    console = Console()
+    show(results, notes, Console(width=max(console.width, 220)))
+    if json_file:
+        json_file.write_text(json.dumps({"notes": notes, "fleets": as_json(results)}, indent=1) + "\n")
+    if markdown_file:
+        markdown_file.write_text(markdown(results, notes))
+    if plot_file:
+        plot_file.write_text(svg(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""`omni explain`: why requests went where they went, and how right the prediction was."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from omni_cli.kv import ProxyPages
+from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+
+PHASES = (
+    ("hold", None, "held_ms"),
+    ("schedule", None, "schedule_ms"),
+    ("queue", "queue_ms", "queue_ms"),
+    ("prefill", "prefill_ms", "prefill_ms"),
+    ("transfer", "transfer_ms", "transfer_ms"),
+    ("first token", "ttft_ms", "ttft_ms"),
+    ("step", "step_ms", "step_ms"),
+)
+"""What is shown: its prediction and what was seen of it, by their names on the proxy's page."""
+COUNTS = ("retries", "resumes", "output_tokens", "cached_tokens", "predicted_cached_tokens")
+CHOSEN, UNKNOWN = "*", "-"
+
+
+def explain(
+    request_id: Annotated[
+        str | None, typer.Argument(help="The x-request-id of an answer; left out: the latest requests.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests, or candidates of each leg.")] = 10,
+    url: Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")] = None,
+    name: Name = None,
+    port: Port = None,
+    home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The proxy's page, for programs.")] = False,
+) -> None:
+    """Which workers a request was given, what every candidate would have cost, and predictions beside what was seen.
+
+    All times are milliseconds. The proxy remembers its latest requests, about a thousand; [bold]*[/] marks the choice.
+    """
+    pages, console = ProxyPages(url or chosen(files_of(home), name, port).url), Console()
+    asked = pages.decisions(limit) if request_id is None else pages.decision(request_id, limit)
+    page = asyncio.run(asked)
+    if as_json:
+        print(json.dumps(page, indent=2))
+    elif request_id is None:
+        _show_latest(page["decisions"], console)
+    else:
+        _show_request(page, console)
+
+
+EXPLAIN_EPILOG = examples("omni explain", "omni explain my-request-7", "omni explain my-request-7 --limit 50 --json")
+
+
+def _show_latest(requests: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = _table("request", "arrived", "status", "prefill", "decode", "reason", "predicted", "seen")
+    for request in requests:
+        decision = request["decision"] or {}
+        table.add_row(
+            escape(request["request_id"]),
+            _clock(request),
+            _status(request),
+            escape(decision.get("prefill") or UNKNOWN),
+            escape(decision.get("decode") or UNKNOWN),
+            decision.get("reason", UNKNOWN),
+            _number(decision.get("predicted", {}).get("ttft_ms")),
+            _number(request["seen"].get("ttft_ms")),
+        )
+    console.print(table, highlight=False)
+
+
+def _show_request(request: Mapping[str, Any], console: Console) -> None:
+    caller = f", tenant {escape(request['tenant'])}" if request["tenant"] else ""
+    console.print(
+        f"[bold]{escape(request['request_id'])}[/] {_status(request)}, arrived {_clock(request)}{caller}, "
+        f"priority {request['priority']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    several = len(request["sequences"]) > 1
+    for index, sequence in enumerate(request["sequences"]):
+        if several:
+            console.print(f"\n[bold]sequence {index}[/]")
+        for number, decision in enumerate(sequence["decisions"], 1):
+            _show_decision(number, decision, console)
+        _show_phases(sequence, console)
+        counts = (f"{name.replace('_', ' ')} {sequence['seen'][name]}" for name in COUNTS if name in sequence["seen"])
+        console.print(", ".join(counts), highlight=False, soft_wrap=True)
+
+
+def _show_decision(number: int, decision: Mapping[str, Any], console: Console) -> None:
+    prefill, decode = decision["prefill"], decision["decode"]
+    choice = f"prefill on {prefill}, decode on {decode}" if prefill else f"{decode} alone"
+    console.print(
+        f"\n[bold]{number}. {escape(choice)}[/]: {decision['reason']} "
+        f"({decision['policy']}, {decision['uncached_tokens']} uncached tokens)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for leg, candidates in decision["candidates"].items():
+        if not candidates:
+            continue
+        terms = [term for term in candidates[0] if term != "worker"]
+        table = _table("", leg, *terms)
+        taken = prefill if leg == "prefill" else decode
+        for candidate in candidates:
+            is_taken = candidate["worker"] == taken and (leg != "alone" or not prefill)
+            figures = (_number(candidate.get(term)) for term in terms)
+            table.add_row(CHOSEN if is_taken else "", escape(candidate["worker"]), *figures)
+        console.print(table, highlight=False)
+
+
+def _show_phases(sequence: Mapping[str, Any], console: Console) -> None:
+    """Predictions are those of the last decision that was not about going on."""
+    predicted = _predicted(sequence["decisions"])
+    table = _table("", "predicted", "seen")
+    for label, foreseen, seen in PHASES:
+        table.add_row(label, _number(predicted.get(foreseen or "")), _number(sequence["seen"].get(seen)))
+    console.print()
+    console.print(table, highlight=False)
+    if "confidence" in predicted:
+        console.print(f"confidence {predicted['confidence']:.0%}", highlight=False)
+
+
+def _predicted(decisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    found: list[Mapping[str, Any]] = [d["predicted"] for d in decisions if d["reason"] != "continued"]
+    return found[-1] if found else {}
+
+
+def _status(request: Mapping[str, Any]) -> str:
+    if request["status"] is None:
+        return "running"
+    error = f" {request['error']}" if request["error"] else ""
+    return f"{request['status']}{error}"
+
+
+def _clock(request: Mapping[str, Any]) -> str:
+    """The time of day, UTC."""
+    return str(request["arrived"])[11:23]
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.1f}" if value % 1 else f"{value:.0f}"
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table

@@ -1,0 +1,120 @@
+"""`omni workers`: the fleet as the proxy sees it, and commands to single workers."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+from omni_cli.workers import ROLES, SeenWorker, WorkersClient, seen_workers
+
+EXIT_NOT_EMPTY = 3
+PIPE_WIDTH = 200
+
+workers_app = typer.Typer()
+
+Url = Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")]
+WorkerId = Annotated[str, typer.Argument(help="As `omni workers` shows it.", show_default=False)]
+
+
+def _client(url: str | None, home: Path | None, name: str | None, port: int | None) -> WorkersClient:
+    return WorkersClient(url or chosen(files_of(home), name, port).url)
+
+
+@workers_app.callback(
+    invoke_without_command=True, epilog=examples("omni workers", "omni workers --url http://proxy:8000 --json")
+)
+def show(
+    context: typer.Context,
+    url: Url = None,
+    name: Name = None,
+    port: Port = None,
+    home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The proxy's page, for programs.")] = False,
+) -> None:
+    """The workers: role, group, load, what this proxy has in flight there, and why one takes no work.
+
+    `queued` counts prompt tokens to be computed; `load` is the worker's own account, `in flight` the proxy's.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    page = asyncio.run(_client(url, home, name, port).page())
+    if as_json:
+        print(json.dumps(page, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("worker", "role", "group", "running", "waiting", "queued", "KV", "in flight", "saturation", ""):
+        table.add_column(heading, no_wrap=True)
+    for worker in seen_workers(page):
+        table.add_row(*_row(worker))
+    console = Console()
+    # Names are not cut short in a pipe.
+    console.print(table, highlight=False, width=None if console.is_terminal else PIPE_WIDTH)
+
+
+def _row(worker: SeenWorker) -> tuple[str, ...]:
+    return (
+        worker.worker_id,
+        worker.role,
+        worker.group,
+        str(worker.running),
+        str(worker.waiting),
+        str(worker.queued_tokens),
+        f"{worker.kv_usage:.0%}",
+        str(worker.in_flight),
+        "" if worker.saturation is None else f"{worker.saturation:.2f}",
+        worker.refusal or "",
+    )
+
+
+@workers_app.command(
+    epilog=examples("omni workers role p8000-decode-1 prefill", "omni workers role p8000-prefill-0 both")
+)
+def role(
+    worker_id: WorkerId,
+    new: Annotated[str, typer.Argument(metavar="ROLE", help=", ".join(ROLES), show_default=False)],
+    url: Url = None,
+    name: Name = None,
+    port: Port = None,
+    home: Home = None,
+) -> None:
+    """Change what a worker does. What runs on it goes on; a restart brings back the role of its settings.
+
+    A worker on vLLM refuses unless its engine was started for both legs (OMNI_<SERVICE>_VLLM__ANY_ROLE=true).
+    """
+    previous = asyncio.run(_client(url, home, name, port).set_role(worker_id, new))
+    print(f"{worker_id}: {previous} -> {new}" if previous != new else f"{worker_id} is {new} already")
+
+
+@workers_app.command(
+    epilog=examples(
+        "omni workers drain p8000-decode-1",
+        "omni workers drain p8000-decode-1 --resume",
+        exit_codes="0 nothing is left on it, 3 something is",
+    )
+)
+def drain(
+    worker_id: WorkerId,
+    resume: Annotated[bool, typer.Option("--resume", help="Take work again instead.")] = False,
+    timeout_s: Annotated[float, typer.Option(min=0.5, help="How long to wait until it is empty.")] = 60.0,
+    url: Url = None,
+    name: Name = None,
+    port: Port = None,
+    home: Home = None,
+) -> None:
+    """Give a worker no new work and wait until its sequences have ended and its blocks have been pulled.
+
+    It stays so until --resume or a restart.
+    """
+    left = asyncio.run(_client(url, home, name, port).drain(worker_id, timeout_s, resume=resume))
+    if resume:
+        print(f"{worker_id} takes work")
+    elif left.is_empty:
+        print(f"{worker_id} is empty")
+    else:
+        print(f"{worker_id} takes no new work; left: {left.running} running, {left.leases} prompts not pulled")
+        raise typer.Exit(EXIT_NOT_EMPTY)

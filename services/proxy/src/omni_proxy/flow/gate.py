@@ -1,0 +1,320 @@
+"""Lets waiting requests go one by one, as workers come to have room.
+
+The choice of workers is made after the release, with what is known then. So that the next one is judged with this one
+on its worker's account, one request is released per pass of the event loop; its task must dispatch, or charge the
+ledger, before it awaits anything.
+
+    turn() -> room and nobody waits: at once
+           -> else queue -> head: room, or its predicted boundary (timer), or something changed (poke) -> released
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from omni_common.errors import DeadlineExceeded, OmniError, ResourceExhausted, Unavailable
+from omni_proxy.flow.metrics import FlowMetrics, Release
+from omni_proxy.flow.pace import Pace
+from omni_proxy.flow.queue import FlowQueue
+from omni_proxy.flow.settings import FlowSettings
+from omni_proxy.flow.ticket import OUTPUT_WEIGHT, Ticket
+
+_RECHECK_S = 0.05
+"""Longest time a prediction is believed: what is stale or wrong corrects itself so soon."""
+_SLO_MARGIN_S = 0.005
+"""So long before its latest start a head is released anyway."""
+_NO_WORKER_RETRY_S = 1.0
+
+
+class Room(Protocol):
+    """What the predictors say of the fleet."""
+
+    def room_in_ms(self, ticket: Ticket) -> float:
+        """Until a worker would begin within the look-ahead; 0: now, inf: no worker takes work, nan: not predicted."""
+
+    def drain_ms(self) -> float:
+        """Until the least loaded worker has computed what is in flight."""
+
+
+class Timers(Protocol):
+    """The part of an event loop the gate needs."""
+
+    def time(self) -> float: ...
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle: ...
+
+    def call_soon(self, callback: Callable[[], object]) -> asyncio.Handle: ...
+
+
+@dataclass(slots=True)
+class Turn:
+    """A request's leave to go to the workers."""
+
+    waited_ms: float
+    reason: Release
+    _ended: Callable[[int], None]
+
+    def ended(self, tokens: int) -> None:
+        """Settle its tenant's service with the tokens generated; again is nothing."""
+        ended, self._ended = self._ended, _nothing
+        ended(tokens)
+
+
+class FlowGate:
+    """The only owner of the queue. `timers` is the running event loop unless a test passes another clock."""
+
+    def __init__(self, queue: FlowQueue, room: Room, metrics: FlowMetrics, timers: Timers | None = None) -> None:
+        self._queue = queue
+        self._room = room
+        self._metrics = metrics
+        self._timers: Timers = asyncio.get_running_loop() if timers is None else timers
+        self._waiting: dict[Ticket, asyncio.Future[Release]] = {}
+        self._pace = Pace()
+        self._soon: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._boundary_s = math.inf
+        self._progress_s = self._timers.time()
+        """When something was released last, or the queue was empty."""
+        self._no_worker_s = math.inf
+        """Since when no worker takes work."""
+        self._is_ahead = False
+        """A request was released for its service level alone; the next one waits for room."""
+        self._watch()
+
+    async def turn(self, ticket: Ticket) -> Turn:
+        """Wait until the request may go to the workers. Cancelling gives its place up.
+
+        Raises:
+            ResourceExhausted: a bound is reached, the wait would be too long, or it was.
+            Unavailable: no worker takes work.
+            DeadlineExceeded: the request's own time is over.
+        """
+        now = self._timers.time()
+        if not self._queue and self._soon is None and (reason := self._reason_at_once(ticket)) is not None:
+            self._queue.pass_by(ticket, now)
+            return self._turn(ticket, now, reason)
+        self._enqueue(ticket, now)
+        waiting: asyncio.Future[Release] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = waiting
+        self.poke()
+        try:
+            reason = await waiting
+        except asyncio.CancelledError:
+            if self._queue.remove(ticket) or waiting.cancelled():
+                self._metrics.dropped.labels("cancelled").inc()
+            elif waiting.exception() is None:
+                self._queue.settle(ticket, -ticket.service, self._timers.time())
+            self.poke()
+            raise
+        finally:
+            self._waiting.pop(ticket, None)
+        return self._turn(ticket, now, reason)
+
+    def poke(self) -> None:
+        """Something changed: look again in the next pass of the loop."""
+        if self._queue and self._soon is None:
+            self._soon = self._timers.call_soon(self._pass)
+
+    def reconfigure(self, settings: FlowSettings) -> None:
+        """Go on with other bands, orders and bounds; whoever waits keeps waiting."""
+        self._queue.reconfigure(settings, self._timers.time())
+        self._watch()
+        self.poke()
+
+    def predicted_wait_ms(self, ticket: Ticket) -> float:
+        """Until a new ticket's prompt would begin: those before it at the pace seen, then the work in flight."""
+        drain_ms = _finite(self._room.drain_ms())
+        return self._pace.gap_ms(ticket.prefill_ms) * self._queue.ahead_of(ticket) + drain_ms
+
+    def _reason_at_once(self, ticket: Ticket) -> Release | None:
+        room_ms = self._room.room_in_ms(ticket)
+        if math.isnan(room_ms):
+            return Release.NO_PREDICTION
+        if room_ms > 0 or self._held_back_ms(ticket) > 0:
+            return None
+        return Release.ROOM
+
+    def _enqueue(self, ticket: Ticket, now: float) -> None:
+        self._note_workers(self._room.room_in_ms(ticket), now)
+        if now >= self._no_worker_s + self._queue.settings.worker_wait_ms / 1e3:
+            raise self._no_worker()
+        self._shed_hopeless(ticket)
+        if not self._queue:
+            self._progress_s = now
+        try:
+            displaced = self._queue.offer(ticket, now)
+        except ResourceExhausted as full:
+            raise self._refusal(full, self._retry_after_s(ticket)) from None
+        for victim in displaced:
+            lost = ResourceExhausted("a request of higher priority took its place", reason="displaced")
+            self._fail(victim, self._refusal(lost, self._retry_after_s(victim)))
+
+    def _shed_hopeless(self, ticket: Ticket) -> None:
+        settings = self._queue.settings
+        is_sheddable = self._queue.band_of(ticket).settings.is_sheddable
+        factor = settings.sheddable_shed_factor if is_sheddable else settings.shed_factor
+        if factor is None or ticket.ttft_slo_ms is None:
+            return
+        ttft_ms = self.predicted_wait_ms(ticket) + ticket.prefill_ms
+        if ttft_ms > factor * ticket.ttft_slo_ms:
+            message = f"the first token would take about {ttft_ms:.0f} ms"
+            raise self._refusal(ResourceExhausted(message, reason="slo_out_of_reach"), self._retry_after_s(ticket))
+
+    def _pass(self) -> None:
+        """Release at most one request, and see to it that there is a next look while any waits."""
+        self._soon = None
+        is_boundary = self._timers.time() >= self._boundary_s
+        self._stop_timer()
+        now = self._timers.time()
+        for ticket in self._queue.expire(now):
+            self._fail(ticket, self._expired(ticket, now))
+        if (head := self._queue.head(now)) is None:
+            return
+        if self._waiting[head].done():
+            # Cancelled; its task has not run yet.
+            self._queue.remove(head)
+            self.poke()
+            return
+        wait_ms = self._wait_ms(head)
+        self._note_workers(wait_ms, now)
+        if now >= self._give_up_s:
+            self._fail_all()
+        elif (reason := self._reason(head, wait_ms, now, is_boundary)) is not None:
+            self._release(head, reason, now)
+        else:
+            self._look_again(now, wait_ms, head)
+
+    def _note_workers(self, room_ms: float, now: float) -> None:
+        self._no_worker_s = min(self._no_worker_s, now) if math.isinf(room_ms) else math.inf
+
+    def _wait_ms(self, head: Ticket) -> float:
+        """Predicted time until the head's band may use a worker's room; nan: not predicted."""
+        room_ms = self._room.room_in_ms(head)
+        return room_ms if math.isinf(room_ms) or math.isnan(room_ms) else max(room_ms, self._held_back_ms(head))
+
+    def _held_back_ms(self, head: Ticket) -> float:
+        """Until the least loaded worker's work has fallen to the share of the look-ahead its band may use."""
+        band = self._queue.band_of(head)
+        if not band.settings.hold_back:
+            return 0.0
+        return max(0.0, self._room.drain_ms() - band.ceiling * self._queue.settings.lookahead_ms)
+
+    def _reason(self, head: Ticket, wait_ms: float, now: float, is_boundary: bool) -> Release | None:
+        """Why the head goes now, or None."""
+        if math.isnan(wait_ms):
+            return Release.NO_PREDICTION
+        if wait_ms <= 0:
+            self._is_ahead = False
+            return Release.BOUNDARY if is_boundary else Release.ROOM
+        if math.isinf(wait_ms):
+            return None
+        if now >= self._progress_s + self._max_hold_s:
+            return Release.MAX_HOLD
+        if not self._is_ahead and head.latest_start_s - _SLO_MARGIN_S <= now <= head.latest_start_s:
+            self._is_ahead = True
+            return Release.SLO
+        return None
+
+    def _release(self, ticket: Ticket, reason: Release, now: float) -> None:
+        self._queue.pop(now)
+        self._pace.released(now, was_backlog=len(self._queue) > 0)
+        self._progress_s = now
+        waiting = self._waiting[ticket]
+        if not waiting.done():
+            waiting.set_result(reason)
+        # Behind the released task's own step, so that the room is seen with it; a new arrival queues until then.
+        self._soon = self._timers.call_soon(self._pass)
+
+    def _look_again(self, now: float, wait_ms: float, head: Ticket) -> None:
+        self._boundary_s = now + wait_ms / 1e3
+        slo_s = head.latest_start_s - _SLO_MARGIN_S
+        at = min(
+            self._boundary_s,
+            now + _RECHECK_S,
+            math.inf if self._is_ahead or slo_s <= now else slo_s,
+            self._give_up_s if math.isinf(wait_ms) else self._progress_s + self._max_hold_s,
+            self._queue.next_expiry_s or math.inf,
+        )
+        self._timer = self._timers.call_at(at, self._pass)
+
+    def _stop_timer(self) -> None:
+        self._boundary_s = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _fail(self, ticket: Ticket, error: OmniError) -> None:
+        waiting = self._waiting[ticket]
+        if not waiting.done():
+            waiting.set_exception(error)
+
+    def _fail_all(self) -> None:
+        """No worker has taken work for as long as a head may be held."""
+        for ticket, waiting in list(self._waiting.items()):
+            if not waiting.done() and self._queue.remove(ticket):
+                waiting.set_exception(self._no_worker())
+
+    def _expired(self, ticket: Ticket, now: float) -> OmniError:
+        if now >= ticket.deadline_s:
+            self._metrics.dropped.labels("deadline").inc()
+            return DeadlineExceeded("the request's time is over", reason="deadline")
+        message = f"no worker had room within {self._queue.settings.ttl_s:g} s"
+        return self._refusal(ResourceExhausted(message, reason="queue_ttl"), self._retry_after_s(ticket))
+
+    def _no_worker(self) -> OmniError:
+        error = Unavailable("no worker takes work", reason="no_decode_worker")
+        return self._refusal(error, _NO_WORKER_RETRY_S)
+
+    def _refusal(self, error: OmniError, retry_after_s: float) -> OmniError:
+        error.retry_after_s = retry_after_s
+        self._metrics.dropped.labels(error.reason).inc()
+        return error
+
+    def _retry_after_s(self, ticket: Ticket) -> float:
+        """When the queue of today would be empty, at most its TTL."""
+        gap_ms = self._pace.gap_ms(ticket.prefill_ms)
+        drain_ms = gap_ms * len(self._queue) + _finite(self._room.drain_ms())
+        return min(self._queue.settings.ttl_s, drain_ms / 1e3)
+
+    def _turn(self, ticket: Ticket, offered_s: float, reason: Release) -> Turn:
+        waited_s = max(0.0, self._timers.time() - offered_s)
+        self._metrics.hold.observe(waited_s)
+        self._metrics.releases[reason].inc()
+
+        def ended(tokens: int) -> None:
+            excess = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
+            self._queue.settle(ticket, excess, self._timers.time())
+
+        return Turn(waited_s * 1e3, reason, ended)
+
+    def _watch(self) -> None:
+        queue = self._queue
+        bands = {b.settings.name: (_reader(b, "requests"), _reader(b, "tenants")) for b in queue.bands}
+        self._metrics.watch(self._saturation, lambda: queue.size_bytes, bands)
+
+    def _saturation(self) -> float:
+        drain_ms, lookahead_ms = self._room.drain_ms(), self._queue.settings.lookahead_ms
+        return drain_ms / lookahead_ms if lookahead_ms else float(drain_ms > 0)
+
+    @property
+    def _give_up_s(self) -> float:
+        """When those who wait are refused for want of any worker."""
+        return self._no_worker_s + max(self._max_hold_s, self._queue.settings.worker_wait_ms / 1e3)
+
+    @property
+    def _max_hold_s(self) -> float:
+        return self._queue.settings.max_hold_ms / 1e3
+
+
+def _reader(band: object, name: str) -> Callable[[], float]:
+    return lambda: getattr(band, name)
+
+
+def _finite(value_ms: float) -> float:
+    return value_ms if math.isfinite(value_ms) else 0.0
+
+
+def _nothing(tokens: int) -> None:
+    """A turn that has ended already."""

@@ -1,0 +1,53 @@
+"""Prometheus metrics of the queue and its gate: `omni_proxy_flow_*`."""
+
+from collections.abc import Callable
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_HOLD = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class Release(StrEnum):
+    """Why a request was let go to the workers."""
+
+    ROOM = "room"
+    """A worker had room."""
+    BOUNDARY = "boundary"
+    """At the instant at which a worker was predicted to have room."""
+    MAX_HOLD = "max_hold"
+    """Nothing could be released for as long as a head may be held."""
+    SLO = "slo"
+    """Its service level allowed no longer wait."""
+    NO_PREDICTION = "no_prediction"
+
+
+class FlowMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._waiting = Gauge("omni_proxy_flow_waiting", "Requests held back", ["band"], registry=registry)
+        self._bytes = Gauge("omni_proxy_flow_bytes", "Of requests held back", registry=registry)
+        self._tenants = Gauge("omni_proxy_flow_tenants", "With requests held back", ["band"], registry=registry)
+        self._saturation = Gauge(
+            "omni_proxy_flow_saturation", "Predicted work of the least loaded worker / look-ahead", registry=registry
+        )
+        self.hold = Histogram(
+            "omni_proxy_flow_hold_seconds", "From arrival at the queue to release", buckets=_HOLD, registry=registry
+        )
+        self._releases = Counter("omni_proxy_flow_releases", "Requests let go", ["reason"], registry=registry)
+        self.releases = {reason: self._releases.labels(reason) for reason in Release}
+        self.dropped = Counter("omni_proxy_dropped", "Requests refused for want of room", ["reason"], registry=registry)
+
+    def watch(
+        self,
+        saturation: Callable[[], float],
+        size_bytes: Callable[[], float],
+        bands: dict[str, tuple[Callable[[], float], Callable[[], float]]],
+    ) -> None:
+        """Read all when scraped; `bands` gives requests and tenants by the name of a band."""
+        self._waiting.clear()
+        self._tenants.clear()
+        self._saturation.set_function(saturation)
+        self._bytes.set_function(size_bytes)
+        for name, (requests, tenants) in bands.items():
+            self._waiting.labels(name).set_function(requests)
+            self._tenants.labels(name).set_function(tenants)

@@ -1,0 +1,131 @@
+"""The outcome of a choice, as a value: who, why, and what every candidate would have cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from omni_common.errors import Unavailable
+from omni_proxy.scheduling.request import SchedulingRequest
+from omni_proxy.scheduling.view import FleetView, Floats, Rows
+
+RETRY_AFTER_S = 1.0
+
+
+class Reason(StrEnum):
+    """Why a decision has the shape it has."""
+
+    DISAGGREGATED = "disaggregated"
+    SHORT = "uncached_part_short"
+    CHEAPER_ALONE = "cheaper_alone"
+    NO_PREFILL = "no_prefill_worker"
+    NO_CONNECTOR = "no_common_connector"
+    CONTINUED = "continued"
+
+
+@dataclass(frozen=True, slots=True)
+class LegCosts:
+    """Candidates of one leg: `value[i]` is the cost of worker `ids[rows[i]]`, lower is better.
+
+    `terms` are what it is made of, each an array like `value`; names carry units.
+    """
+
+    rows: Rows
+    value: Floats
+    terms: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_COSTS = LegCosts(np.zeros(0, np.intp), np.zeros(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the chosen legs are expected to take, in milliseconds; 0 where a policy does not predict."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    transfer_ms: float = 0.0
+    step_ms: float = 0.0
+    confidence: float = 0.0
+
+    @property
+    def ttft_ms(self) -> float:
+        """From dispatch to the first token; the handoff to decode comes after it."""
+        return self.queue_ms + self.prefill_ms
+
+
+NO_PREDICTION = Prediction()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`prefill` is None when the decode worker computes the prompt itself."""
+
+    prefill: str | None
+    decode: str
+    reason: Reason
+    uncached_tokens: int
+    """Of the prompt, on the worker that computes it."""
+    policy: str
+    ids: tuple[str, ...]
+    prefill_costs: LegCosts = NO_COSTS
+    decode_costs: LegCosts = NO_COSTS
+    """Of decode as the second leg of a pair, or of going on there."""
+    alone_costs: LegCosts = NO_COSTS
+    """Of decode that computes the prompt itself, in the unit of `prefill_costs`."""
+    prediction: Prediction = NO_PREDICTION
+
+    def explained(self, limit: int | None = None) -> dict[str, Any]:
+        """For people: the choice and its candidates, cheapest first, at most `limit` of each leg."""
+        legs = {"prefill": self.prefill_costs, "decode": self.decode_costs, "alone": self.alone_costs}
+        return {
+            "policy": self.policy,
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "reason": str(self.reason),
+            "uncached_tokens": self.uncached_tokens,
+            "predicted": {
+                "ttft_ms": round(self.prediction.ttft_ms, 3),
+                "queue_ms": round(self.prediction.queue_ms, 3),
+                "prefill_ms": round(self.prediction.prefill_ms, 3),
+                "transfer_ms": round(self.prediction.transfer_ms, 3),
+                "step_ms": round(self.prediction.step_ms, 3),
+                "confidence": round(self.prediction.confidence, 3),
+            },
+            "candidates": {name: _ranked(self.ids, costs, limit) for name, costs in legs.items() if len(costs.rows)},
+        }
+
+
+def _ranked(ids: Sequence[str], costs: LegCosts, limit: int | None) -> list[dict[str, Any]]:
+    order = np.argsort(costs.value, kind="stable")[:limit]
+    return [
+        {
+            "worker": ids[costs.rows[i]],
+            "cost": round(float(costs.value[i]), 3),
+            **{name: round(float(column[i]), 3) for name, column in costs.terms.items()},
+        }
+        for i in order
+    ]
+
+
+def eligible(request: SchedulingRequest, view: FleetView) -> tuple[Rows, Rows]:
+    """Rows that may prefill and rows that may decode, the excluded left out.
+
+    Where blocks wait under a handle, decode is one that can pull them if there is any.
+
+    Raises:
+        Unavailable: no decode worker takes work.
+    """
+    allowed = np.ones(len(view), np.bool_)
+    if request.excluded:
+        allowed = np.array([worker not in request.excluded for worker in view.ids], np.bool_)
+    decodes = np.flatnonzero(view.decodes & allowed)
+    if not len(decodes):
+        raise Unavailable("no decode worker takes work", reason="no_decode_worker", retry_after_s=RETRY_AFTER_S)
+    if request.kv_connector:
+        pulling = [row for row in decodes if view.connectors[row] == request.kv_connector]
+        decodes = np.array(pulling, np.intp) if pulling else decodes
+    prefills = np.flatnonzero(view.prefills & allowed) if request.may_prefill else np.zeros(0, np.intp)
+    return prefills, decodes

@@ -1,0 +1,308 @@
+"""How long workers take, learned from what their answers and stats say. All times in milliseconds.
+
+    prompt    1, new, new * context / 1000                 new: uncached tokens; context: what they attend to on average
+    step      1, batch, context / 1000, prompt tokens      of one decode step; prompt tokens computed beside it
+    transfer  1, tokens / 1000                             of one pair; a pair not seen yet is like its connector's others
+
+A prompt's time is observed from its arrival at the worker to its end there, against the prompts ahead of it and its
+own: whatever the worker's batching, in a queue served in order the sum of the work is what passes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from omni_proxy.scheduling.columns import Columns
+from omni_proxy.scheduling.linear import LinearModel
+from omni_proxy.scheduling.view import Floats, Ints, Rows
+
+_STEP_BACKGROUND = 0.1
+"""Smoothing of the prompt tokens that a worker computes beside a decode step."""
+_TELLS = frozenset({8, 32, 128, 512})
+"""Observations of a worker after which others of its kind hear of it."""
+_LATE = 0.1
+"""Share of the predicted work that is taken to be left at least, however long it has taken already."""
+
+
+def prompt_features(uncached_tokens: int, cached_tokens: int) -> Floats:
+    new = float(uncached_tokens)
+    return np.array([1.0, new, new * (cached_tokens + new / 2) / 1e3])
+
+
+@dataclass(frozen=True, slots=True)
+class Priors:
+    """Coefficients believed of a worker that nobody like has been seen of. Wrong ones are unlearned within some dozen
+    answers; see the module for the features."""
+
+    prompt: tuple[float, float, float] = (10.0, 0.1, 0.001)
+    step: tuple[float, float, float, float] = (15.0, 0.2, 0.05, 0.1)
+    transfer: tuple[float, float] = (3.0, 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Of one worker; 0 where unknown."""
+
+    kind: str
+    """Workers of one kind start from what is known of the others of it."""
+    connector: str = ""
+    max_num_seqs: int = 0
+    kv_tokens: int = 0
+    max_batched_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Known:
+    capacity: Capacity
+    prompt: int
+    step: int
+    pairs: dict[int, int] = field(default_factory=dict)
+    """Rows of the transfer model by the decode worker's slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A prediction beside what came."""
+
+    predicted_ms: float
+    seen_ms: float
+
+    @property
+    def error(self) -> float:
+        """Relative to what was seen."""
+        return abs(self.predicted_ms - self.seen_ms) / self.seen_ms if self.seen_ms > 0 else 0.0
+
+
+class WorkerTimes:
+    """Owns the models; workers are named by their slot in the columns."""
+
+    def __init__(self, columns: Columns, priors: Priors | None = None) -> None:
+        self._columns = columns
+        self._priors = priors or Priors()
+        self._prompt = LinearModel(3)
+        self._step = LinearModel(4)
+        self._transfer = LinearModel(2)
+        self._known: dict[int, _Known] = {}
+        self._connectors: dict[str, int] = {}
+        self._prompt_rows = np.zeros(0, np.int64)
+        self._step_rows = np.zeros(0, np.int64)
+        self._limits = np.zeros((0, 3), np.int64)
+        self._background = np.zeros(0)
+
+    def join(self, slot: int, capacity: Capacity) -> None:
+        """A worker, or the next epoch of one, of which more is known than of a stranger."""
+        known = self._known.get(slot)
+        if known is not None and known.capacity.kind == capacity.kind:
+            known.capacity = capacity
+            self._prompt.restart(known.prompt)
+            self._step.restart(known.step)
+        else:
+            self.leave(slot)
+            alike = [k for k in self._known.values() if k.capacity.kind == capacity.kind]
+            prompt = self._prompt.add(_prior(self._prompt, [k.prompt for k in alike], self._priors.prompt))
+            step = self._step.add(_prior(self._step, [k.step for k in alike], self._priors.step))
+            self._known[slot] = _Known(capacity, prompt, step)
+        self._fit(slot)
+        known = self._known[slot]
+        self._prompt_rows[slot], self._step_rows[slot] = known.prompt, known.step
+        self._limits[slot] = capacity.max_num_seqs, capacity.kv_tokens, capacity.max_batched_tokens
+        self._background[slot] = 0.0
+
+    def leave(self, slot: int) -> None:
+        known = self._known.pop(slot, None)
+        if known is None:
+            return
+        self._prompt.remove(known.prompt)
+        self._step.remove(known.step)
+        for row in known.pairs.values():
+            self._transfer.remove(row)
+        for other in self._known.values():
+            if (row := other.pairs.pop(slot, -1)) >= 0:
+                self._transfer.remove(row)
+
+    def work_ahead(self, slot: int, now_s: float) -> Floats:
+        """Features of what the worker has to compute before a prompt that is sent now."""
+        work: Floats = self._remaining(np.array([slot]), now_s)[0]
+        return work
+
+    def saw_prompt(self, slot: int, work: Floats, seen_ms: float) -> Seen | None:
+        """`work`: of what was ahead when the prompt was sent, and of itself."""
+        known = self._known.get(slot)
+        if known is None:
+            return None
+        seen = Seen(self._prompt.observe(known.prompt, work, seen_ms), seen_ms)
+        if self._prompt.counts(np.array([known.prompt]))[0] in _TELLS:
+            self._tell(known.capacity.kind)
+        return seen
+
+    def saw_transfer(self, prefill: int, decode: int, tokens: int, seen_ms: float) -> Seen | None:
+        known = self._known.get(prefill)
+        if known is None or decode not in self._known or tokens <= 0:
+            return None
+        general = self._general(known.capacity.connector)
+        features = np.array([1.0, tokens / 1e3])
+        if decode not in known.pairs:
+            known.pairs[decode] = self._transfer.add(_prior(self._transfer, [general], self._priors.transfer))
+        self._transfer.observe(general, features, seen_ms)
+        return Seen(self._transfer.observe(known.pairs[decode], features, seen_ms), seen_ms)
+
+    def saw_steps(self, slot: int, batch: float, context_tokens: float, prompt_tokens: float, ms: float) -> Seen | None:
+        """The mean of some steps: sequences, their tokens, prompt tokens computed beside them."""
+        known = self._known.get(slot)
+        if known is None:
+            return None
+        self._background[slot] += _STEP_BACKGROUND * (prompt_tokens - self._background[slot])
+        features = np.array([1.0, batch, context_tokens / 1e3, prompt_tokens])
+        return Seen(self._step.observe(known.step, features, ms), ms)
+
+    def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
+        """Until what is in flight to each worker is computed."""
+        return self._prompt.milliseconds(self._prompt_rows[slots], self._remaining(slots, now_s))
+
+    def of(self, slots: Rows, now_s: float, prompt_tokens: int, output_tokens: int, uncached: Ints) -> "RequestTimes":
+        """Of one request on each of these workers."""
+        return RequestTimes(self, slots, now_s, prompt_tokens, output_tokens, uncached)
+
+    def confidence(self) -> Mapping[str, float]:
+        """Of each model over all workers, [0, 1]."""
+        rows = {
+            "prefill": (self._prompt, [k.prompt for k in self._known.values()]),
+            "step": (self._step, [k.step for k in self._known.values()]),
+            "transfer": (self._transfer, list(self._connectors.values())),
+        }
+        return {
+            name: float(model.confidence(np.array(of)).mean()) if of else 0.0 for name, (model, of) in rows.items()
+        }
+
+    def _remaining(self, slots: Rows | Ints, now_s: float) -> Floats:
+        """Features of the work ahead; what passed since the first prompt began is taken off."""
+        columns = self._columns
+        own = columns.own_work[slots]
+        total_ms = self._prompt.milliseconds(self._prompt_rows[slots], own)
+        passed_ms = (now_s - columns.busy_since_s[slots]) * 1e3
+        left_ms = np.maximum(total_ms - passed_ms, np.maximum(_LATE * total_ms, passed_ms - total_ms))
+        share = np.where(total_ms > 0, left_ms / np.maximum(total_ms, 1e-9), 0.0)
+        work: Floats = own * share[:, None]
+        others = columns.others_uncached_tokens[slots]
+        if others.any():
+            prefills = columns.others_prefills[slots]
+            work[:, 0] += prefills
+            work[:, 1] += others
+            work[:, 2] += others * (others / np.maximum(prefills, 1)) / 2e3
+        return work
+
+    def _tell(self, kind: str) -> None:
+        """Workers of which no prompt was seen start from what was learned of others of their kind."""
+        alike = {slot: k for slot, k in self._known.items() if k.capacity.kind == kind}
+        rows = np.array([k.prompt for k in alike.values()])
+        typical = self._prompt.typical(rows)
+        for (slot, known), count in zip(alike.items(), self._prompt.counts(rows), strict=True):
+            if not count:
+                self._prompt.remove(known.prompt)
+                known.prompt = self._prompt_rows[slot] = self._prompt.add(typical)
+
+    def _general(self, connector: str) -> int:
+        row = self._connectors.get(connector)
+        if row is None:
+            row = self._connectors[connector] = self._transfer.add(np.array(self._priors.transfer))
+        return row
+
+    def _fit(self, slot: int) -> None:
+        missing = slot + 1 - len(self._prompt_rows)
+        if missing > 0:
+            more = max(missing, len(self._prompt_rows))
+            self._prompt_rows = np.concatenate([self._prompt_rows, np.zeros(more, np.int64)])
+            self._step_rows = np.concatenate([self._step_rows, np.zeros(more, np.int64)])
+            self._limits = np.concatenate([self._limits, np.zeros((more, 3), np.int64)])
+            self._background = np.concatenate([self._background, np.zeros(more)])
+
+
+class RequestTimes:
+    """One request on some workers, each figure computed when first asked for. The `Times` of a view."""
+
+    def __init__(
+        self, times: WorkerTimes, slots: Rows, now_s: float, prompt_tokens: int, output_tokens: int, uncached: Ints
+    ) -> None:
+        self._times = times
+        self._slots = slots
+        self._now_s = now_s
+        self._prompt_tokens = prompt_tokens
+        self._output_tokens = output_tokens
+        self._uncached = uncached
+
+    @cached_property
+    def queue_ms(self) -> Floats:
+        return self._times.backlog_ms(self._slots, self._now_s)
+
+    @cached_property
+    def prefill_ms(self) -> Floats:
+        return self._prompt_ms(self._uncached, self._prompt_tokens - self._uncached)
+
+    @cached_property
+    def step_ms(self) -> Floats:
+        times, slots, columns = self._times, self._slots, self._times._columns
+        batch = np.maximum(columns.running[slots], columns.own_requests[slots] + columns.others_sequences[slots])
+        features = np.empty((len(slots), 4))
+        features[:, 0] = 1.0
+        features[:, 1] = batch + 1
+        features[:, 2] = (columns.context_tokens[slots] + self._prompt_tokens) / 1e3
+        features[:, 3] = times._background[slots]
+        return times._step.milliseconds(times._step_rows[slots], features)
+
+    @cached_property
+    def stall_ms(self) -> Floats:
+        most = self._times._limits[self._slots, 2]
+        chunk = np.where(most > 0, np.minimum(self._uncached, most), self._uncached)
+        return self.step_ms + self._prompt_ms(chunk, self._prompt_tokens - chunk)
+
+    @cached_property
+    def seat_ms(self) -> Floats:
+        """A sequence ends every (output tokens * step / running) milliseconds; so many have to end first."""
+        slots, columns = self._slots, self._times._columns
+        limits = self._times._limits[slots]
+        running = np.maximum(columns.running[slots], 1)
+        over_seats = np.where(limits[:, 0] > 0, columns.running[slots] + columns.waiting[slots] + 1 - limits[:, 0], 0)
+        needed = np.where(limits[:, 1] > 0, (self._prompt_tokens + self._output_tokens) / np.maximum(limits[:, 1], 1), 0)
+        over_room = np.maximum(columns.kv_usage[slots] + needed - 1.0, 0.0) * running
+        ends: Floats = np.maximum(np.maximum(over_seats, over_room), 0.0)
+        if ends.any():
+            ends = ends * self._output_tokens * self.step_ms / running
+        return ends
+
+    @cached_property
+    def confidence(self) -> Floats:
+        return self._times._prompt.confidence(self._times._prompt_rows[self._slots])
+
+    def transfer_ms(self, prefills: Rows, decodes: Rows) -> Floats:
+        times, known = self._times, self._times._known
+        to = [int(slot) for slot in self._slots[decodes]]
+        rows = np.empty((len(prefills), len(to)), np.int64)
+        for i, slot in enumerate(self._slots[prefills].tolist()):
+            pairs, general = known[slot].pairs, times._general(known[slot].capacity.connector)
+            rows[i] = [pairs.get(other, general) for other in to] if pairs else general
+        features = np.empty((rows.size, 2))
+        features[:, 0] = 1.0
+        features[:, 1] = np.tile(self._moved_tokens[decodes] / 1e3, len(prefills))
+        return times._transfer.milliseconds(rows.ravel(), features).reshape(rows.shape)
+
+    @property
+    def _moved_tokens(self) -> Ints:
+        """What a decode worker does not have yet."""
+        return self._uncached
+
+    def _prompt_ms(self, new: Ints, cached: Ints) -> Floats:
+        features = np.empty((len(new), 3))
+        features[:, 0] = 1.0
+        features[:, 1] = new
+        features[:, 2] = new * (cached + new / 2) / 1e3
+        return self._times._prompt.milliseconds(self._times._prompt_rows[self._slots], features)
+
+
+def _prior(model: LinearModel, alike: Sequence[int], fallback: Sequence[float]) -> Floats:
+    if alike and (model.confidence(np.array(alike)) > 0).any():
+        return model.typical(np.array(alike))
+    return np.array(fallback, np.float64)
+
+

@@ -1,0 +1,397 @@
+"""The gate over a scripted room and a clock that moves when told to."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from omni_common.errors import DeadlineExceeded, OmniError, ResourceExhausted, Unavailable
+from omni_proxy.flow.gate import FlowGate, Turn
+from omni_proxy.flow.metrics import FlowMetrics, Release
+from omni_proxy.flow.queue import FlowQueue
+from omni_proxy.flow.settings import BandSettings, FlowSettings
+from omni_proxy.flow.ticket import Ticket
+
+
+@dataclass
+class FakeTimers:
+    """Timers fire when `advance` passes them; `call_soon` is the loop's own."""
+
+    now: float = 100.0
+    pending: list[tuple[float, asyncio.TimerHandle]] = field(default_factory=list)
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, (), asyncio.get_running_loop())
+        self.pending.append((when, handle))
+        return handle
+
+    def call_soon(self, callback: Callable[[], object]) -> asyncio.Handle:
+        return asyncio.get_running_loop().call_soon(callback)
+
+    @property
+    def live(self) -> list[tuple[float, asyncio.TimerHandle]]:
+        return [(when, handle) for when, handle in self.pending if not handle.cancelled()]
+
+    async def advance(self, ms: float) -> None:
+        until = self.now + ms / 1e3
+        while due := [item for item in self.live if item[0] <= until + 1e-9]:
+            when, handle = min(due, key=lambda item: item[0])
+            self.pending.remove((when, handle))
+            self.now = max(self.now, when)
+            handle._run()
+            await settle()
+        self.now = until
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(150):
+        await asyncio.sleep(0)
+
+
+@dataclass
+class ScriptedRoom:
+    """One worker: `free` places, then busy until `busy_until_s`."""
+
+    timers: FakeTimers
+    free: int = 0
+    busy_until_s: float = 100.0
+    fixed_ms: float | None = None
+    asked: int = 0
+
+    def room_in_ms(self, ticket: Ticket) -> float:
+        self.asked += 1
+        if self.fixed_ms is not None:
+            return self.fixed_ms
+        return 0.0 if self.free > 0 else max(0.001, (self.busy_until_s - self.timers.now) * 1e3)
+
+    def drain_ms(self) -> float:
+        if self.fixed_ms is not None:
+            return self.fixed_ms
+        return 0.0 if self.free > 0 else max(0.0, (self.busy_until_s - self.timers.now) * 1e3)
+
+
+class Bench:
+    """A gate, and clients that take a place of the room when it is their turn."""
+
+    def __init__(self, room: dict[str, float] | None = None, **settings: object) -> None:
+        self.timers = FakeTimers()
+        self.room = ScriptedRoom(self.timers, **(room or {}))  # type: ignore[arg-type]
+        self.registry = CollectorRegistry()
+        self.queue = FlowQueue(FlowSettings.model_validate(settings))
+        self.gate = FlowGate(self.queue, self.room, FlowMetrics(self.registry), self.timers)
+        self.order: list[str] = []
+        self.turns: dict[str, Turn] = {}
+        self.tasks: dict[str, asyncio.Task[Turn]] = {}
+
+    def ticket(self, name: str, tenant: str = "t", *, deadline_ms: float = 1e9, **fields: object) -> Ticket:
+        return Ticket(name, self.timers.now, self.timers.now + deadline_ms / 1e3, tenant, **fields)  # type: ignore[arg-type]
+
+    async def ask(self, name: str, tenant: str = "t", **fields: object) -> asyncio.Task[Turn]:
+        """Start a client and let it come to rest."""
+        self.tasks[name] = asyncio.create_task(self._client(self.ticket(name, tenant, **fields)))  # type: ignore[arg-type]
+        await settle()
+        return self.tasks[name]
+
+    async def free(self, places: int = 1) -> None:
+        self.room.free += places
+        self.gate.poke()
+        await settle()
+
+    async def _client(self, ticket: Ticket) -> Turn:
+        turn = await self.gate.turn(ticket)
+        self.room.free -= 1
+        self.order.append(ticket.request_id)
+        self.turns[ticket.request_id] = turn
+        return turn
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+
+@asynccontextmanager
+async def bench(room: dict[str, float] | None = None, **settings: object) -> AsyncIterator[Bench]:
+    made = Bench(room, **settings)
+    try:
+        yield made
+    finally:
+        for task in made.tasks.values():
+            task.cancel()
+            with suppress(asyncio.CancelledError, OmniError):
+                await task
+
+
+def error_of(task: asyncio.Task[Turn]) -> OmniError:
+    error = task.exception()
+    assert isinstance(error, OmniError)
+    return error
+
+
+async def test_with_room_and_nobody_waiting_there_is_no_switch_of_tasks():
+    async with bench({"free": 1}) as b:
+        coroutine = b.gate.turn(b.ticket("r"))
+        with pytest.raises(StopIteration) as returned:
+            coroutine.send(None)
+        turn = returned.value.value
+        assert turn.reason is Release.ROOM and turn.waited_ms == 0
+        assert b.metric("omni_proxy_flow_hold_seconds_count") == 1
+
+
+async def test_places_are_filled_one_by_one_and_no_further():
+    """Twenty come at once to three places: the room is judged anew after each has taken its own."""
+    async with bench() as b:
+        for number in range(20):
+            await b.ask(f"{number}")
+        await b.free(3)
+        assert b.order == ["0", "1", "2"] and b.room.free == 0
+        assert b.metric("omni_proxy_flow_waiting", band="default") == 17
+
+
+async def test_a_newcomer_does_not_pass_one_whose_release_is_on_its_way():
+    async with bench() as b:
+        await b.ask("first")
+        b.room.free = 1
+        b.gate.poke()
+        late = asyncio.create_task(b._client(b.ticket("late")))
+        b.tasks["late"] = late
+        await settle()
+        assert b.order == ["first"] and not late.done()
+
+
+async def test_the_turn_comes_at_the_predicted_boundary():
+    async with bench({"busy_until_s": 100.03}) as b:
+        waiting = await b.ask("r")
+        await b.timers.advance(29)
+        assert not waiting.done()
+        b.room.free = 1
+        await b.timers.advance(1)
+        assert waiting.result().reason is Release.BOUNDARY
+        assert waiting.result().waited_ms == pytest.approx(30)
+        assert not b.timers.live
+
+
+async def test_a_prediction_that_was_wrong_is_looked_at_again():
+    async with bench({"fixed_ms": 900}) as b:
+        waiting = await b.ask("r")
+        await b.timers.advance(20)
+        b.room.fixed_ms = 0
+        await b.timers.advance(30)
+        assert waiting.result().reason is Release.BOUNDARY or waiting.result().reason is Release.ROOM
+        assert waiting.result().waited_ms == pytest.approx(50)
+
+
+async def test_an_answer_that_comes_early_lets_the_next_one_go():
+    async with bench({"fixed_ms": 900}) as b:
+        waiting = await b.ask("r")
+        b.room.fixed_ms = 0
+        b.gate.poke()
+        await settle()
+        assert waiting.result().reason is Release.ROOM
+
+
+async def test_a_head_is_held_no_longer_than_max_hold():
+    """One release per max_hold when the predictor never sees room; the order stays ours."""
+    async with bench({"fixed_ms": 1e6}, max_hold_ms=200, order="fcfs") as b:
+        for name in "abc":
+            await b.ask(name)
+        await b.timers.advance(199)
+        assert b.order == []
+        await b.timers.advance(1)
+        assert b.order == ["a"]
+        await b.timers.advance(400)
+        assert b.order == ["a", "b", "c"]
+        assert {t.reason for t in b.turns.values()} == {Release.MAX_HOLD}
+
+
+async def test_a_head_goes_at_its_latest_start_but_not_all_of_them():
+    async with bench({"fixed_ms": 1e6}, max_hold_ms=1000) as b:
+        for name in "abc":
+            await b.ask(name, ttft_slo_ms=300, prefill_ms=100)
+        await b.timers.advance(194)
+        assert b.order == []
+        await b.timers.advance(2)
+        assert b.order == ["a"] and b.turns["a"].reason is Release.SLO
+        await b.timers.advance(100)
+        assert b.order == ["a"]
+
+
+async def test_without_a_prediction_nobody_waits():
+    async with bench({"fixed_ms": math.nan}) as b:
+        assert (await b.ask("r")).result().reason is Release.NO_PREDICTION
+
+
+async def test_bands_and_tenants_keep_their_order_at_the_gate():
+    async with bench() as b:
+        for number in range(6):
+            await b.ask(f"flood{number}", "flood")
+        await b.ask("one", "quiet")
+        await b.ask("vip", "flood", priority=10)
+        await b.free(1)
+        await b.free(2)
+        assert b.order == ["vip", "flood0", "one"]
+
+
+async def test_a_band_that_holds_back_waits_for_a_worker_with_less_work():
+    bands = (BandSettings(priority=0, name="all"), BandSettings(priority=-1, name="spare", hold_back=0.5))
+    async with bench({"busy_until_s": 100.1}, lookahead_ms=80, bands=bands, sheddable_shed_factor=None) as b:
+        spare = await b.ask("spare", priority=-1)
+        await b.timers.advance(59)
+        assert not spare.done()
+        b.room.free = 1
+        b.room.drain_ms = lambda: 41.0  # type: ignore[method-assign]
+        b.gate.poke()
+        await settle()
+        assert not spare.done() and b.metric("omni_proxy_flow_saturation") == pytest.approx(41 / 80)
+        assert (await b.ask("normal")).done() is True
+        b.room.free, b.room.drain_ms = 1, lambda: 40.0  # type: ignore[method-assign]
+        b.gate.poke()
+        await settle()
+        assert spare.done()
+
+
+async def test_a_cancelled_wait_frees_its_place_and_its_bytes():
+    async with bench(max_requests=1) as b:
+        waiting = await b.ask("gone", size_bytes=10)
+        assert error_of(await b.ask("refused")).reason == "queue_full"
+        waiting.cancel()
+        await settle()
+        assert waiting.cancelled() and len(b.queue) == 0 and b.queue.size_bytes == 0
+        await b.ask("next")
+        await b.free(1)
+        assert b.order == ["next"]
+        assert b.metric("omni_proxy_dropped_total", reason="cancelled") == 1
+
+
+async def test_cancelled_in_the_moment_of_release_the_place_goes_to_the_next():
+    async with bench(fairness="least_attained_service") as b:
+        first = await b.ask("first", "a", output_tokens=1000)
+        await b.ask("second", "b")
+        b.room.free = 1
+        b.gate._pass()  # the future has its result, its task has not run
+        first.cancel()
+        await settle()
+        assert first.cancelled() and b.order == ["second"]
+        await b.ask("b again", "b")
+        await b.ask("a again", "a")
+        await b.free(1)
+        assert b.order[-1] == "a again"  # the turn not taken was given back
+
+
+async def test_too_long_a_wait_is_429_with_the_time_until_the_queue_is_empty():
+    async with bench({"busy_until_s": 107}, ttl_s=5, max_hold_ms=1e5) as b:
+        waiting = await b.ask("r", prefill_ms=10)
+        await b.timers.advance(5000)
+        error = error_of(waiting)
+        assert isinstance(error, ResourceExhausted) and error.reason == "queue_ttl"
+        assert error.retry_after_s == pytest.approx(2.0)
+
+
+async def test_the_requests_own_deadline_is_504():
+    async with bench({"fixed_ms": 1e6}, max_hold_ms=1e5) as b:
+        waiting = await b.ask("r", deadline_ms=300)
+        await b.timers.advance(300)
+        assert isinstance(error_of(waiting), DeadlineExceeded)
+
+
+async def test_retry_after_follows_the_pace_of_the_queue():
+    """Ten releases 200 ms apart, then 20 wait: 20 x 200 ms and what is in flight."""
+    async with bench({"busy_until_s": 100}, max_requests=20, max_hold_ms=1e6, ttl_s=300) as b:
+        for number in range(20):
+            await b.ask(f"{number}")
+        for number in range(10):
+            b.timers.now += 0.2
+            await b.free(1)
+            await b.ask(f"more{number}")
+        b.room.busy_until_s = b.timers.now + 1.0
+        error = error_of(await b.ask("refused"))
+        assert error.reason == "queue_full"
+        assert error.retry_after_s == pytest.approx(20 * 0.2 + 1.0, rel=0.02)
+        assert b.metric("omni_proxy_dropped_total", reason="queue_full") == 1
+
+
+async def test_sheddable_requests_are_refused_when_their_slo_is_out_of_reach():
+    async with bench({"busy_until_s": 100.5}) as b:
+        error = error_of(await b.ask("shed", priority=-10, ttft_slo_ms=400, prefill_ms=50))
+        assert error.reason == "slo_out_of_reach" and error.retry_after_s == pytest.approx(0.5)
+        assert not (await b.ask("kept", priority=-10, ttft_slo_ms=600, prefill_ms=50)).done()
+        assert not (await b.ask("normal", ttft_slo_ms=400, prefill_ms=50)).done()
+
+
+async def test_normal_requests_are_shed_where_the_configuration_says_so():
+    async with bench({"busy_until_s": 101}, shed_factor=2.0) as b:
+        assert not (await b.ask("late", ttft_slo_ms=600)).done()
+        assert error_of(await b.ask("hopeless", ttft_slo_ms=300)).reason == "slo_out_of_reach"
+
+
+async def test_a_displaced_request_learns_it_at_once():
+    async with bench(
+        max_requests=1, bands=(BandSettings(priority=0, name="a"), BandSettings(priority=-1, name="b"))
+    ) as b:
+        low = await b.ask("low", priority=-1)
+        await b.ask("high")
+        assert error_of(low).reason == "displaced" and len(b.queue) == 1
+
+
+async def test_no_worker_is_503_at_once_or_after_a_wait():
+    async with bench({"fixed_ms": math.inf}) as b:
+        error = error_of(await b.ask("r"))
+        assert isinstance(error, Unavailable) and error.reason == "no_decode_worker" and error.retry_after_s
+    async with bench({"fixed_ms": math.inf}, worker_wait_ms=3000) as b:
+        patient = await b.ask("patient")
+        await b.timers.advance(2999)
+        assert not patient.done()
+        late = await b.ask("late")
+        await b.timers.advance(1)
+        assert error_of(patient).reason == error_of(late).reason == "no_decode_worker"
+
+
+async def test_who_waits_outlasts_a_short_absence_of_workers():
+    async with bench({"fixed_ms": 50}, max_hold_ms=1000) as b:
+        waiting = await b.ask("r")
+        b.room.fixed_ms = math.inf
+        await b.timers.advance(900)
+        assert not waiting.done()
+        b.room.fixed_ms = 0
+        b.gate.poke()
+        await settle()
+        assert waiting.done() and waiting.exception() is None
+
+
+async def test_reconfiguring_loses_nobody():
+    async with bench(order="fcfs") as b:
+        for number in range(50):
+            await b.ask(f"{number}", f"t{number % 3}", priority=number % 2, uncached_tokens=number)
+        bands = (BandSettings(priority=1, name="odd"), BandSettings(priority=0, name="even"))
+        b.gate.reconfigure(FlowSettings(order="lpt", fairness="none", bands=bands, max_requests=5))
+        await b.free(50)
+        assert b.order == [str(n) for n in (*range(49, 0, -2), *range(48, -1, -2))]
+        assert b.metric("omni_proxy_flow_waiting", band="odd") == 0
+
+
+async def test_service_is_settled_once_with_what_was_generated():
+    async with bench({"free": 2}) as b:
+        short, long = [(await b.ask(n, n, output_tokens=100)).result() for n in ("short", "long")]
+        short.ended(10)
+        short.ended(10**6)
+        long.ended(100)
+        await b.ask("l", "long")
+        await b.ask("s", "short")
+        await b.free(1)
+        assert b.order[-1] == "s"
+
+
+async def test_the_gate_asks_the_room_a_bounded_number_of_times():
+    """Each release looks once; a queue of hundreds is not gone through."""
+    async with bench() as b:
+        for number in range(300):
+            await b.ask(f"{number}")
+        before = b.room.asked
+        await b.free(10)
+        assert len(b.order) == 10 and b.room.asked - before <= 12
