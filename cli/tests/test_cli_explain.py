@@ -21,7 +21,7 @@ DECISION = {
             {"worker": "p1", "cost": 43.25, "queue_ms": 3.0, "prefill_ms": 40.25},
             {"worker": "p0", "cost": 99.5, "queue_ms": 59.25, "prefill_ms": 40.25},
         ],
-        "alone": [{"worker": "d0", "cost": None, "stall_ms": 300.0}],
+        "alone": [{"worker": "d0", "cost": None, "stall_ms": 300.0}, {"worker": "d1", "cost": 1000000017.0}],
     },
 }  # fmt: skip
 CONTINUED = DECISION | {"prefill": None, "decode": "d1", "reason": "continued", "candidates": {}}
@@ -34,7 +34,15 @@ ONE = HEAD | {
     "sequences": [
         {
             "decisions": [DECISION, CONTINUED],
-            "seen": {"held_ms": 0.25, "queue_ms": 1.5, "prefill_ms": 44.5, "ttft_ms": 47.5, "retries": 1, "resumes": 2},
+            "seen": {
+                "held_ms": 0.25,
+                "queue_ms": 1.5,
+                "prefill_ms": 44.5,
+                "ttft_ms": 47.25,
+                "first_token_ms": 47.5,
+                "retries": 1,
+                "resumes": 2,
+            },
         }
     ],
 }
@@ -80,7 +88,7 @@ def proxy() -> Iterator[Any]:
 
 def _explain(proxy: Any, *arguments: str) -> Any:
     url = f"http://127.0.0.1:{proxy.server_address[1]}"
-    return CliRunner().invoke(app, ["explain", *arguments, "--url", url], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["explain", *arguments, "--url", url])
 
 
 def _rows(output: str) -> list[list[str]]:
@@ -95,8 +103,12 @@ def test_a_request_shows_choice_candidates_and_predictions(proxy: Any) -> None:
     assert "1. prefill on p1, decode on d0: disaggregated (cost, 512 uncached tokens)" in result.output
     assert "2. d1 alone: continued" in result.output
     assert ["*", "p1", "43.2", "3", "40.2"] in rows and ["p0", "99.5", "59.2", "40.2"] in rows
-    assert ["d0", "-", "300"] in rows
-    assert ["queue", "3", "1.5"] in rows and ["first", "token", "43.2", "47.5"] in rows
+    assert ["d0", "-", "300"] in rows and ["d1", "1e+09", "-"] in rows
+    assert (
+        ["queue", "3", "1.5"] in rows
+        and ["to", "first", "token", "43.2", "47.2"] in rows
+        and ["since", "arrival", "-", "47.5"] in rows
+    )
     assert ["hold", "-", "0.2"] in rows and ["step", "15", "-"] in rows
     assert "confidence 90%" in result.output and "retries 1, resumes 2" in result.output
     assert proxy.asked == ["/decisions/r%2F1%20%3F?limit=5"]

@@ -46,6 +46,8 @@ def test_default_stack_is_the_five_services_in_order():
         pytest.param({}, "placement", "OMNI_PLACEMENT_STATE_DIR", "/run/p8000/placement", id="layouts"),
         pytest.param({"decode": 3}, "decode-2", "OMNI_DECODE_WORKER_ID", "p8000-decode-2", id="worker id"),
         pytest.param({"engine": "sim"}, "prefill-0", "OMNI_PREFILL_ENGINE", "sim", id="engine"),
+        pytest.param({"both": 1}, "both-0", "OMNI_DECODE_ROLE", "both", id="both legs"),
+        pytest.param({"both": 2}, "both-1", "OMNI_DECODE_WORKER_ID", "p8000-both-1", id="worker id of both"),
         pytest.param({"kv_cache_gib": 0.5}, "decode-0", "OMNI_DECODE_VLLM__KV_CACHE_GIB", "0.5", id="kv cache"),
         pytest.param({"max_model_len": 512}, "decode-0", "OMNI_DECODE_VLLM__MAX_MODEL_LEN", "512", id="length"),
         pytest.param({"otlp_endpoint": "http://c:1"}, "proxy", "OMNI_PROXY_OTLP_ENDPOINT", "http://c:1", id="otlp"),

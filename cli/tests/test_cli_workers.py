@@ -103,7 +103,8 @@ def url(worker: _Worker, fixed: _Worker) -> Iterator[str]:
 
 def omni(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["workers", *arguments])
-    return result.exit_code, result.output if result.exception is None else f"{result.output}{result.exception}"
+    said = "" if isinstance(result.exception, SystemExit | None) else str(result.exception)
+    return result.exit_code, result.output + said
 
 
 def test_the_list_shows_roles_groups_and_load(url: str) -> None:

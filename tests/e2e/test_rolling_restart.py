@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
 
 CLIENTS = 8
 PROMPTS = 16
-TOKENS = 100
+TOKENS = 60
 WORKERS = 4
 RETURN_TIMEOUT_S = 60.0
-# Prompts long enough to be prefilled apart, answers of a second or so.
+# Answers of half a second or more.
 SLOW = {f"OMNI_{role}_SIM__TIMING__STEP_BASE_MS": "8" for role in ("PREFILL", "DECODE")}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from omni_cli.access import key_headers
 from omni_cli.errors import NoAnswer
 
 CONNECT_TIMEOUT_S = 5.0
@@ -38,7 +39,7 @@ class ChatClient:
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
         self._url = url.rstrip("/")
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        self._client = httpx.Client(timeout=timeout, trust_env=False)
+        self._client = httpx.Client(timeout=timeout, trust_env=False, headers=key_headers())
 
     def close(self) -> None:
         self._client.close()

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from omni_cli.kv import ProxyPages
-from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+from omni_cli.options import AsJson, Home, Name, Port, Url, chosen, examples, files_of
 
 PHASES = (
     ("hold", None, "held_ms"),
@@ -19,12 +19,16 @@ PHASES = (
     ("queue", "queue_ms", "queue_ms"),
     ("prefill", "prefill_ms", "prefill_ms"),
     ("transfer", "transfer_ms", "transfer_ms"),
-    ("first token", "ttft_ms", "ttft_ms"),
+    ("to first token", "ttft_ms", "ttft_ms"),
+    ("since arrival", None, "first_token_ms"),
     ("step", "step_ms", "step_ms"),
 )
 """What is shown: its prediction and what was seen of it, by their names on the proxy's page."""
 COUNTS = ("retries", "resumes", "output_tokens", "cached_tokens", "predicted_cached_tokens")
 CHOSEN, UNKNOWN = "*", "-"
+LARGE = 1e7
+WIDTH = 200
+"""Tables are not cut at narrower terminals: a figure that is cut is none."""
 
 
 def explain(
@@ -32,17 +36,18 @@ def explain(
         str | None, typer.Argument(help="The x-request-id of an answer; left out: the latest requests.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests, or candidates of each leg.")] = 10,
-    url: Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")] = None,
+    url: Url = None,
     name: Name = None,
     port: Port = None,
     home: Home = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The proxy's page, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which workers a request was given, what every candidate would have cost, and predictions beside what was seen.
 
-    All times are milliseconds. The proxy remembers its latest requests, about a thousand; [bold]*[/] marks the choice.
+    All times are milliseconds; a cost of 1e9 and more breaks a service level. The proxy remembers its latest requests,
+    about a thousand; [bold]*[/] marks the choice.
     """
-    pages, console = ProxyPages(url or chosen(files_of(home), name, port).url), Console()
+    pages, console = ProxyPages(url or chosen(files_of(home), name, port).url), _console()
     asked = pages.decisions(limit) if request_id is None else pages.decision(request_id, limit)
     page = asyncio.run(asked)
     if as_json:
@@ -144,7 +149,16 @@ def _clock(request: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.1f}" if value % 1 else f"{value:.0f}"
+    """One decimal where it matters; large ones, such as penalties, short."""
+    if value is None:
+        return UNKNOWN
+    if abs(value) >= LARGE:
+        return f"{value:.3g}"
+    return f"{value:.1f}" if value % 1 else f"{value:.0f}"
+
+
+def _console() -> Console:
+    return Console(width=max(Console().width, WIDTH))
 
 
 def _table(*headings: str) -> Table:

@@ -15,6 +15,7 @@ from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
 from omni.kv.v1 import kv_pb2
 from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceStub
+from omni_cli.access import key_headers
 from omni_cli.errors import NoAnswer
 from omni_cli.probes import reachable
 from omni_common.blocks import KEY_BYTES
@@ -136,6 +137,9 @@ class ProxyPages:
     async def summary(self) -> dict[str, Any]:
         return await self._ask("GET", "/kv")
 
+    async def config(self) -> dict[str, Any]:
+        return await self._ask("GET", "/config")
+
     async def decision(self, request_id: str, limit: int) -> dict[str, Any]:
         return await self._ask("GET", f"/decisions/{quote(request_id, safe='')}?limit={limit}")
 
@@ -144,7 +148,7 @@ class ProxyPages:
 
     async def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
-            async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, trust_env=False) as client:
+            async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, trust_env=False, headers=key_headers()) as client:
                 response = await client.request(method, self._url + path, **options)
                 content: dict[str, Any] = response.json()
         except (httpx.HTTPError, ValueError) as error:

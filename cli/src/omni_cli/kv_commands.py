@@ -13,7 +13,7 @@ from rich.table import Table
 
 from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.kv import KvStoreClient, Member, ProxyPages, Reached, Verdict
-from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+from omni_cli.options import AsJson, Home, Name, Port, Url, chosen, examples, files_of
 
 EXIT_DIFFERS = 3
 
@@ -22,8 +22,6 @@ kv_app = typer.Typer(
 )
 
 KvStore = Annotated[str | None, typer.Option(help="host:port of a kvstore.", show_default="the running stack's")]
-Url = Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def _kvstore(address: str | None, home: Path | None, name: str | None, port: int | None) -> KvStoreClient:

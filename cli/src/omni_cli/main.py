@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from omni_cli import __version__, doctor, logfiles, report
 from omni_cli.chat import Answer, ChatClient
+from omni_cli.config_commands import config_app
 from omni_cli.errors import CliError, InvalidOptions, NoSuchStack
 from omni_cli.explain_commands import EXPLAIN_EPILOG, explain
 from omni_cli.facts import probe_facts
@@ -39,8 +40,8 @@ app = typer.Typer(
 )
 
 app.add_typer(kv_app, name="kv")
+app.add_typer(config_app, name="config")
 app.add_typer(workers_app, name="workers")
-app.command(epilog=EXPLAIN_EPILOG)(explain)
 
 
 @app.command(
@@ -52,7 +53,8 @@ app.command(epilog=EXPLAIN_EPILOG)(explain)
 )
 def up(
     prefill: Annotated[int, typer.Option(min=0, help="Prefill engines; 0 lets decode engines do both.")] = 1,
-    decode: Annotated[int, typer.Option(min=1, help="Decode engines.")] = 1,
+    decode: Annotated[int, typer.Option(min=0, help="Decode engines.")] = 1,
+    both: Annotated[int, typer.Option(min=0, help="Engines that take both legs.")] = 0,
     engine: Annotated[
         str, typer.Option(help="[bold]vllm[/], or [bold]sim[/]: no model runs, timing is simulated.")
     ] = "vllm",
@@ -79,8 +81,8 @@ def up(
     stack_name = name or f"p{port}"
     options = StackOptions(
         name=stack_name, directory=files.directory(stack_name), model_dir=(model or root / DEFAULT_MODEL).resolve(),
-        prefill=prefill, decode=decode, engine=engine, host=host, port=port, redis_url=redis, otlp_endpoint=otlp,
-        kv_cache_gib=kv_cache_gib, max_model_len=max_model_len,
+        prefill=prefill, decode=decode, both=both, engine=engine, host=host, port=port, redis_url=redis,
+        otlp_endpoint=otlp, kv_cache_gib=kv_cache_gib, max_model_len=max_model_len,
     )  # fmt: skip
     bringup = Bringup(detach=detach, timeout_s=timeout_s, ask=ask)
     asyncio.run(bring_up(options, bringup, files, root, os.environ, Console()))
@@ -213,6 +215,9 @@ def logs(
             for line in follower.new_lines():
                 print(f"{key:<12} {line}", flush=True)
         time.sleep(FOLLOW_INTERVAL_S)
+
+
+app.command(epilog=EXPLAIN_EPILOG)(explain)
 
 
 @app.command()

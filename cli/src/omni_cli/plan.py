@@ -43,6 +43,7 @@ class StackOptions:
     model_dir: Path
     prefill: int = 1
     decode: int = 1
+    both: int = 0
     engine: str = "vllm"
     host: str = "127.0.0.1"
     port: int = 8000
@@ -53,7 +54,7 @@ class StackOptions:
 
     @property
     def engines(self) -> int:
-        return self.prefill + self.decode
+        return self.prefill + self.decode + self.both
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ def plan_stack(options: StackOptions, machine: Machine, ports: Iterator[int]) ->
     if options.engine == "vllm" and len(machine.cores) < options.engines:
         notes.append(f"{options.engines} engines share {len(machine.cores)} core(s): each token takes longer")
     kvstore, placement = _kvstore(options, ports), _placement(options, ports)
-    roles = ["prefill"] * options.prefill + ["decode"] * options.decode
-    indexes = [*range(options.prefill), *range(options.decode)]
+    roles = ["prefill"] * options.prefill + ["decode"] * options.decode + ["both"] * options.both
+    indexes = [*range(options.prefill), *range(options.decode), *range(options.both)]
     engines = [
         _engine(options, role, index, kvstore.address, cores, ports)
         for role, index, cores in zip(roles, indexes, ranges, strict=True)
@@ -143,8 +144,8 @@ def _as_ranges(cores: Sequence[int]) -> str:
 def _check(options: StackOptions) -> None:
     if options.engine not in ENGINE_PROCESS_BYTES:
         raise InvalidOptions(f"--engine {options.engine!r}: choose one of {', '.join(ENGINE_PROCESS_BYTES)}")
-    if options.prefill < 0 or options.decode < 1:
-        raise InvalidOptions("at least one decode worker is needed (--decode 1); --prefill may be 0")
+    if min(options.prefill, options.decode, options.both) < 0 or options.decode + options.both < 1:
+        raise InvalidOptions("at least one decode worker is needed (--decode 1 or --both 1); --prefill may be 0")
     if not 1 <= options.port <= 65535:
         raise InvalidOptions(f"--port {options.port} is not between 1 and 65535")
 
@@ -194,7 +195,9 @@ def _placement(options: StackOptions, ports: Iterator[int]) -> ProcessSpec:
 def _engine(
     options: StackOptions, role: str, index: int, kvstore: str, cores: str, ports: Iterator[int]
 ) -> ProcessSpec:
+    """A worker of both legs is a decode service with that role."""
     port, metrics = next(ports), next(ports)
+    service = "decode" if role == "both" else role
     values = {
         "WORKER_ID": f"{options.name}-{role}-{index}",
         "PORT": str(port),
@@ -202,15 +205,17 @@ def _engine(
         "MODEL_DIR": str(options.model_dir),
         "ENGINE": options.engine,
     }
+    if role == "both":
+        values["ROLE"] = role
     if options.engine == "vllm":
         values |= {"VLLM__CORES": cores, "VLLM__KV_PORT": str(next(ports))}
         if options.kv_cache_gib is not None:
             values["VLLM__KV_CACHE_GIB"] = str(options.kv_cache_gib)
         if options.max_model_len is not None:
             values["VLLM__MAX_MODEL_LEN"] = str(options.max_model_len)
-    environment = _shared(options, role, metrics) | {f"OMNI_{role.upper()}_{k}": v for k, v in values.items()}
+    environment = _shared(options, service, metrics) | {f"OMNI_{service.upper()}_{k}": v for k, v in values.items()}
     pinned = cores if options.engine == "vllm" else None
-    return ProcessSpec(f"{role}-{index}", role, environment, "127.0.0.1", port, metrics_port=metrics, cores=pinned)
+    return ProcessSpec(f"{role}-{index}", service, environment, "127.0.0.1", port, metrics_port=metrics, cores=pinned)
 
 
 def _proxy(options: StackOptions, kvstore: str) -> ProcessSpec:

@@ -10,6 +10,7 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from omni_cli.access import key_headers
 from omni_cli.plan import Probe
 from omni_common.rpc import channel
 
@@ -80,7 +81,7 @@ def reachable(address: str) -> str:
 async def workers_seen(url: str) -> list[dict[str, Any]] | None:
     """The fleet as the proxy sees it (GET /workers); None if it cannot be asked."""
     try:
-        async with httpx.AsyncClient(timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=PROBE_TIMEOUT_S, trust_env=False, headers=key_headers()) as client:
             response = await client.get(f"{url}/workers")
             response.raise_for_status()
             content = response.json()

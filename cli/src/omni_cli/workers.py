@@ -10,6 +10,7 @@ import httpx
 from omni.engine.v1 import engine_pb2
 from omni.engine.v1 import worker_service_pb2 as worker_pb
 from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
+from omni_cli.access import key_headers
 from omni_cli.errors import InvalidOptions, NoAnswer
 from omni_common.rpc import channel
 from omni_common.rpc_errors import from_rpc_error
@@ -58,7 +59,7 @@ class WorkersClient:
     async def page(self) -> dict[str, Any]:
         """The proxy's page, as it is."""
         try:
-            async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, trust_env=False) as client:
+            async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, trust_env=False, headers=key_headers()) as client:
                 response = await client.get(f"{self._url}/workers")
                 response.raise_for_status()
                 page: dict[str, Any] = response.json()

@@ -51,9 +51,8 @@ def show(
         table.add_column(heading, no_wrap=True)
     for worker in seen_workers(page):
         table.add_row(*_row(worker))
-    console = Console()
     # Names are not cut short in a pipe.
-    console.print(table, highlight=False, width=None if console.is_terminal else PIPE_WIDTH)
+    Console(width=None if Console().is_terminal else PIPE_WIDTH).print(table, highlight=False)
 
 
 def _row(worker: SeenWorker) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from omni_common.blocks import block_keys, root_key
@@ -221,6 +221,9 @@ JOBS = st.lists(
 
 
 @given(JOBS)
+@example([(1, 1, "decode", 0), (1, 16, "decode, aborted", 0), (36, 10, "decode", 0), (22, 9, "decode", 0),
+          (1, 1, "decode", 0), (37, 9, "decode", 0), (17, 14, "decode, aborted", 12), (60, 5, "decode", 0),
+          (36, 5, "decode", 0), (2, 1, "decode", 0)])  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_blocks_return_to_zero_and_events_mirror_the_cache(jobs):
     async def scenario() -> None:

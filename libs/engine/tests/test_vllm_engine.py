@@ -126,6 +126,19 @@ def test_an_abort_frees_the_blocks(engines: tuple[EngineProcess, EngineProcess])
         eventually(decode, name, 0)
 
 
+def test_steps_are_counted_and_timed(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    _, decode = engines
+    before = decode.call("stats")
+    began = time.monotonic()
+    decode.generate(DecodeJob("steps", prompt(60), dataclasses.replace(GREEDY, max_tokens=40)))
+    took_ms = (time.monotonic() - began) * 1e3
+    eventually(decode, "context_tokens", 0)
+    after = decode.call("stats")
+    assert 38 <= after.steps - before.steps <= 40
+    assert 0.3 * took_ms < after.busy_ms - before.busy_ms <= took_ms
+    assert after.queued_tokens == 0
+
+
 def test_seeded_sampling_repeats(engines: tuple[EngineProcess, EngineProcess]) -> None:
     _, decode = engines
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=11, ignore_eos=True)

@@ -46,6 +46,26 @@ def test_leases_reach_the_connector_and_failed_pulls_are_recomputed(model_dir: P
     assert transfer["kv_connector_extra_config"]["kv_lease_duration"] == 12
 
 
+@pytest.mark.parametrize(
+    ("role", "settings", "kv_role"),
+    [
+        pytest.param("prefill", {}, "kv_producer", id="prefill only"),
+        pytest.param("decode", {}, "kv_consumer", id="decode only"),
+        pytest.param("both", {}, "", id="both"),
+        pytest.param("decode", {"any_role": True}, "", id="any role"),
+        pytest.param("decode", {"kv_connector": ""}, "", id="no connector"),
+    ],
+)
+def test_an_engine_started_for_one_leg_says_so(
+    model_dir: Path, role: str, settings: dict[str, object], kv_role: str
+) -> None:
+    plan = plan_launch(VllmSettings.model_validate(settings), model_dir, "m", role)  # type: ignore[arg-type]
+    assert bool(plan.fixed_role) == bool(kv_role)
+    assert kv_role in plan.fixed_role
+    if "any_role" in settings:
+        assert plan.arguments["kv_transfer_config"]["kv_role"] == "kv_both"
+
+
 def test_an_engine_alone_needs_no_connector(model_dir: Path) -> None:
     assert "kv_transfer_config" not in plan_launch(VllmSettings(kv_connector=""), model_dir, "m", "decode").arguments
 

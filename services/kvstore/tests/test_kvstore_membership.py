@@ -6,6 +6,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from omni.engine.v1 import engine_pb2
+
 SHORT_LEASE_S = 0.6
 
 
@@ -21,6 +23,22 @@ async def test_worker_joins_changes_and_leaves(replica: Any, info: Any) -> None:
     await view.until(lambda v: v.workers["w1"].layout_version == 7 and not v.draining)
     await lease.leave()
     await view.until(lambda v: not v.workers)
+
+
+async def test_a_role_changes_within_the_epoch_and_the_blocks_stay(
+    redis_server: Any, start_replica: Any, info: Any, batch: Any, keys: Any
+) -> None:
+    async with start_replica(redis_url=redis_server.url) as one, start_replica(redis_url=redis_server.url) as two:
+        views, lease = [one.watch(blocks=True), two.watch(blocks=True)], one.register()
+        await lease.beat(info(role=engine_pb2.ROLE_DECODE))
+        await one.publish(batch(1, ("stored", keys(1, 2))))
+        for view in views:
+            await view.until(lambda v: len(v.blocks) == 2)
+        assert (await lease.beat(info(role=engine_pb2.ROLE_PREFILL))).wants_snapshot is False
+        for view in views:
+            await view.until(lambda v: v.workers["w1"].role == engine_pb2.ROLE_PREFILL)
+            assert len(view.blocks) == 2
+        assert await two.lookup(keys(1, 2)) == {("w1", 1): 2}
 
 
 async def test_lease_ends_without_heartbeats_and_takes_the_blocks_along(

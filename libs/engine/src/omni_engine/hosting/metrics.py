@@ -76,6 +76,7 @@ class LoadCollector(Collector):
             "omni_worker_waiting": ("Sequences not scheduled yet", stats.waiting),
             "omni_worker_queued_tokens": ("Accepted prompt tokens not computed yet", stats.queued_tokens),
             "omni_worker_kv_usage_ratio": ("Share of KV blocks in use", stats.kv_usage),
+            "omni_worker_context_tokens": ("Tokens of the sequences that generate", stats.context_tokens),
             "omni_worker_leases": ("Finished prefills still held", stats.leases),
             "omni_worker_step_seconds": ("Moving average of an engine step", stats.step_ms / 1e3),
         }
@@ -85,6 +86,8 @@ class LoadCollector(Collector):
         yield CounterMetricFamily(
             "omni_worker_computed_prompt_tokens", "Prompt tokens computed", value=stats.computed_prompt_tokens
         )
+        yield CounterMetricFamily("omni_worker_steps", "Steps that generated, their time known", value=stats.steps)
+        yield CounterMetricFamily("omni_worker_busy_seconds", "Time of these steps", value=stats.busy_ms / 1e3)
 
 
 class BlocksCollector(Collector):

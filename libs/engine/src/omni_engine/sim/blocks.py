@@ -84,8 +84,13 @@ class BlockPool:
     def register(
         self, blocks: Sequence[int], hashes: Sequence[bytes], first: int, token_ids: Sequence[int], salt: str
     ) -> None:
-        """Name the full blocks from index `first` on; a name that another block has stays with that one."""
+        """Name the full blocks from index `first` on; a name that another block has stays with that one.
+
+        Those before them whose name went with another block are named too: a block without its parent is never found.
+        """
         size = self._block_size
+        while 0 < first < len(hashes) and hashes[first - 1] not in self._block_of:
+            first -= 1
         for index in range(first, len(hashes)):
             name, block = hashes[index], blocks[index]
             if name in self._block_of:

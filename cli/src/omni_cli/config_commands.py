@@ -1,0 +1,55 @@
+"""`omni config`: the scheduler's configuration, before and while it is in force."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omni_cli.errors import CliError, InvalidOptions
+from omni_cli.kv import ProxyPages
+from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+
+CHECKER = "omni_proxy.schedule_config"
+
+config_app = typer.Typer(help="The scheduler's configuration: policy, queue, tenants.", no_args_is_help=True)
+
+
+class InvalidConfig(CliError):
+    """The proxy would refuse the file."""
+
+    exit_code = 3
+
+
+@config_app.command(epilog=examples("omni config check scheduler.yaml", "omni config check scheduler.yaml --quiet"))
+def check(
+    file: Annotated[Path, typer.Argument(help="A file for OMNI_PROXY_SCHEDULER_CONFIG.", show_default=False)],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code, and mistakes.")] = False,
+) -> None:
+    """Check a file as the proxy would, and print the values that would hold, defaults too. Keys are not shown.
+
+    Exit code: 3 the file is not valid; every mistake is named with its place.
+    """
+    # The command line imports no service; the proxy's own module says what is valid.
+    done = subprocess.run([sys.executable, "-m", CHECKER, str(file)], capture_output=True, text=True, check=False)
+    if "No module named" in done.stderr:
+        raise InvalidOptions("omni-proxy is not installed beside the command line")
+    if done.returncode:
+        raise InvalidConfig(done.stderr.strip())
+    if not quiet:
+        print(done.stdout, end="")
+
+
+@config_app.command(epilog=examples("omni config show", "omni config show --url http://proxy:8000"))
+def show(
+    url: Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")] = None,
+    name: Name = None,
+    port: Port = None,
+    home: Home = None,
+) -> None:
+    """The values a proxy has in force. Keys are not shown."""
+    pages = ProxyPages(url or chosen(files_of(home), name, port).url)
+    print(json.dumps(asyncio.run(pages.config()), indent=2))

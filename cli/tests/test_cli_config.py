@@ -1,0 +1,64 @@
+"""`omni config` on files and on a proxy's page."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from omni_cli.config_commands import InvalidConfig
+from omni_cli.main import app
+
+KEY = "sk-of-the-test"
+
+
+def test_a_valid_file_is_printed_as_it_would_hold(tmp_path: Path):
+    file = tmp_path / "s.yaml"
+    file.write_text("flow: {ttl_s: 7}")
+    result = CliRunner().invoke(app, ["config", "check", str(file)])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["effective"]["flow"]["ttl_s"] == 7
+    assert CliRunner().invoke(app, ["config", "check", "-q", str(file)]).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("policy: {name: costt}", "did you mean 'cost'"), ("flow: {ttl_s: 0}", "flow.ttl_s"), (None, "No such file")],
+)
+def test_mistakes_are_named(tmp_path: Path, content: str | None, message: str):
+    file = tmp_path / "s.yaml"
+    if content is not None:
+        file.write_text(content)
+    failed = CliRunner().invoke(app, ["config", "check", str(file)]).exception
+    assert isinstance(failed, InvalidConfig) and message in str(failed) and "Traceback" not in str(failed)
+
+
+@pytest.fixture
+def proxy() -> Iterator[str]:
+    """Shows its configuration to who has the key."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_known = self.headers.get("authorization") == f"Bearer {KEY}"
+            content = {"digest": "d1"} if is_known else {"error": {"message": "this API key is not known here"}}
+            self.send_response(200 if is_known else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *args: object) -> None:
+            """Not in the test's output."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_is_in_force_is_shown_to_who_has_the_key(proxy: str, monkeypatch: pytest.MonkeyPatch):
+    refused = CliRunner().invoke(app, ["config", "show", "--url", proxy])
+    assert "not known here" in str(refused.exception)
+    monkeypatch.setenv("OMNI_CLI_API_KEY", KEY)
+    assert json.loads(CliRunner().invoke(app, ["config", "show", "--url", proxy]).stdout) == {"digest": "d1"}
