@@ -102,6 +102,7 @@ class FakeWorker:
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
     held: asyncio.Event = field(default_factory=asyncio.Event)
     prefill_gate: asyncio.Event | None = None
+    report_s: float | None = None
     prefill_started: asyncio.Event = field(default_factory=asyncio.Event)
     breaks: asyncio.Event = field(default_factory=asyncio.Event)
     frames: int = 0
@@ -132,6 +133,9 @@ class FakeWorker:
 
     async def WatchStats(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.WatchStatsResponse]:
         yield worker_service_pb2.WatchStatsResponse(worker_id=self.worker_id, epoch=self.epoch, running=len(self.live))
+        while self.report_s is not None:
+            await asyncio.sleep(self.report_s)
+            yield worker_service_pb2.WatchStatsResponse(worker_id=self.worker_id, epoch=self.epoch)
         await asyncio.Event().wait()
 
     async def ListBlocks(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.ListBlocksResponse]:

@@ -1,5 +1,6 @@
 """What the proxy says of its decisions: pages, header, trace, metrics."""
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from omni_common.errors import Unavailable
 from omni_proxy.explain import (
     MAX_HEADER_BYTES,
     Explained,
@@ -17,7 +20,8 @@ from omni_proxy.explain import (
     prompt_decision,
     span_attributes,
 )
-from omni_proxy.phases import TenantMetrics
+from omni_proxy.fleet import Load
+from omni_proxy.phases import Phase, TenantMetrics
 from omni_proxy.scheduling.decision import Decision, LegCosts, Prediction, Reason
 
 SECRET = "Tell a story"
@@ -28,6 +32,20 @@ def decision(workers: int = 4, reason: Reason = Reason.DISAGGREGATED, name: str 
     costs = LegCosts(rows, rows[::-1] * 1.5, {"queue_ms": rows * 1.0, "prefill_ms": rows * 2.0})
     ids = tuple(f"{name}-{i}" for i in rows)
     return Decision(ids[-1], ids[0], reason, 512, "cost", ids, costs, costs, prediction=Prediction(1, 2, 3, 4, 0.5))
+
+
+async def explained(stack: Any, request_id: str, query: str = "") -> Any:
+    response = await stack.client.get(f"/decisions/{request_id}{query}")
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def ask(stack: Any, request_id: str, **changes: Any) -> Any:
+    headers = {"x-request-id": request_id} | changes.pop("headers", {})
+    content = {"model": "tiny", "messages": [{"role": "user", "content": SECRET}], "max_tokens": 8} | changes
+    response = await stack.client.post("/v1/chat/completions", json=content, headers=headers)
+    await stack.until_settled()
+    return response
 
 
 @dataclass
@@ -146,3 +164,145 @@ def test_tenants_past_the_bound_share_a_label() -> None:
 
     assert [value(tenant) for tenant in ("none", "a", "b", "other", "c")] == [1, 2, 1, 2, None]
     assert value("a", "cached_tokens") == 8
+
+
+async def test_a_request_is_explained_by_its_id(start: Any) -> None:
+    stack = await start("p d1 d2")
+    await ask(stack, "my/id")
+    page = await explained(stack, "my%2Fid")
+    assert (page["status"], page["error"], page["tenant"]) == (200, None, "")
+    [sequence] = page["sequences"]
+    first = sequence["decisions"][0]
+    assert (first["policy"], first["reason"], first["prefill"]) == ("least_uncached_tokens", "disaggregated", "p")
+    assert {c["worker"] for c in first["candidates"]["decode"]} == {"d1", "d2"}
+    seen = sequence["seen"]
+    assert (seen["prefill_worker"], seen["decode_worker"]) == ("p", first["decode"])
+    assert (seen["queue_ms"], seen["output_tokens"], seen["retries"]) == (1.5, 8, 0)
+    assert 0 < seen["ttft_ms"] <= seen["first_token_ms"] <= page["seen"]["e2e_ms"] and seen["step_ms"] > 0
+    assert page["seen"]["completion_tokens"] == 8
+    assert SECRET not in json.dumps(page) and "token_ids" not in json.dumps(page)
+    best = (await explained(stack, "my%2Fid", "?limit=1"))["sequences"][0]["decisions"][0]
+    assert len(best["candidates"]["decode"]) == 1
+
+
+async def test_every_sequence_and_every_attempt_is_explained(start: Any) -> None:
+    stack = await start("p1 p2 d")
+    stack["p1"].prefill_error = stack["p2"].prefill_error = Unavailable("down")
+    await ask(stack, "r", n=2)
+    page = await explained(stack, "r")
+    assert len(page["sequences"]) == 2
+    first = page["sequences"][0]
+    tried = [decision["prefill"] for decision in first["decisions"]]
+    assert set(tried[:2]) == {"p1", "p2"} and tried[-1] is None
+    assert first["seen"]["retries"] == 2 and first["seen"]["first_token_source"] == "decode_alone"
+
+
+async def test_a_running_request_is_explained_as_far_as_it_has_come(start: Any) -> None:
+    stack = await start("d", hold_after=2)
+    asked = asyncio.create_task(ask(stack, "r"))
+    await asyncio.wait_for(stack["d"].held.wait(), 5)
+    page = await explained(stack, "r")
+    assert page["status"] is None and page["sequences"][0]["decisions"][0]["decode"] == "d"
+    stack["d"].resumed.set()
+    await asked
+    assert (await explained(stack, "r"))["status"] == 200
+
+
+async def test_the_latest_requests_are_listed_newest_first(start: Any) -> None:
+    stack = await start("d")
+    for name in ("a", "b", "c"):
+        await ask(stack, name)
+    listed = (await stack.client.get("/decisions?limit=2")).json()["decisions"]
+    assert [one["request_id"] for one in listed] == ["c", "b"]
+    assert listed[0]["decision"]["reason"] == "no_prefill_worker" and "candidates" not in listed[0]["decision"]
+    assert listed[0]["seen"]["ttft_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        pytest.param("/decisions/nobody", 404, "request_not_found", id="unknown"),
+        pytest.param("/decisions?limit=0", 400, "invalid_value", id="none"),
+        pytest.param("/decisions?limit=many", 400, "invalid_value", id="no number"),
+        pytest.param("/decisions?limit=" + "9" * 5_000, 400, "invalid_value", id="huge"),
+    ],
+)
+async def test_what_cannot_be_explained_is_refused(start: Any, path: str, status: int, code: str) -> None:
+    stack = await start("d")
+    response = await stack.client.get(path)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_decision_comes_in_a_header_when_asked_for(start: Any, stream: bool) -> None:
+    stack = await start("p d")
+    silent = await ask(stack, "r1", stream=stream)
+    assert "x-omni-decision" not in silent.headers
+    told = await ask(stack, "r2", stream=stream, headers={"x-omni-explain": "1"})
+    decision = json.loads(told.headers["x-omni-decision"])
+    assert (decision["prefill"], decision["decode"], decision["reason"]) == ("p", "d", "disaggregated")
+    assert decision["candidates"]["prefill"][0]["worker"] == "p"
+    assert told.headers["x-request-id"] == "r2"
+
+
+async def test_a_refusal_has_the_decision_too(start: Any) -> None:
+    stack = await start("d", reject=("RESOURCE_EXHAUSTED", "full"))
+    refused = await ask(stack, "r", headers={"x-omni-explain": "1"})
+    assert refused.status_code >= 400
+    assert json.loads(refused.headers["x-omni-decision"])["decode"] == "d"
+    assert (await explained(stack, "r"))["status"] == refused.status_code
+
+
+async def test_the_trace_has_each_decision(start: Any) -> None:
+    stack = await start("p d")
+    await ask(stack, "r")
+    [root] = [span for span in stack.spans.get_finished_spans() if span.name == "proxy.request"]
+    event = next(event for event in root.events if event.name == "omni.decision")
+    facts = event.attributes
+    assert (facts["omni.prefill_worker_id"], facts["omni.decision"]) == ("p", "disaggregated")
+    assert json.loads(facts["omni.candidates"])["prefill"][0]["worker"] == "p"
+    assert SECRET not in str([(e.name, dict(e.attributes)) for e in root.events])
+
+
+async def test_phases_and_usage_are_measured(start: Any) -> None:
+    stack = await start("p d")
+    await ask(stack, "r", n=2)
+
+    def observed(phase: Phase) -> float:
+        return stack.metric("omni_proxy_phase_seconds_count", phase=phase)
+
+    assert {phase: observed(phase) for phase in Phase if phase is not Phase.TRANSFER} == {
+        phase: 2 for phase in Phase if phase is not Phase.TRANSFER
+    }
+    assert stack.metric("omni_proxy_phase_seconds_sum", phase="first_token") > 0
+    assert stack.metric("omni_proxy_phase_seconds_sum", phase="queue") == pytest.approx(0.003)
+    assert stack.metric("omni_proxy_tenant_requests_total", tenant="none") == 1
+    assert stack.metric("omni_proxy_tenant_output_tokens_total", tenant="none") == 16
+    assert stack.metric("omni_proxy_decisions_total", reason="disaggregated", policy="least_uncached_tokens") == 2
+
+
+async def test_exemplars_lead_to_the_trace_where_the_scraper_takes_openmetrics(start: Any) -> None:
+    stack = await start("p d")
+    await ask(stack, "r")
+    [root] = [span for span in stack.spans.get_finished_spans() if span.name == "proxy.request"]
+    plain = await stack.client.get("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain") and "trace_id" not in plain.text
+    accept = {"accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
+    modern = await stack.client.get("/metrics", headers=accept)
+    assert modern.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    families = {family.name: family for family in text_string_to_metric_families(modern.text)}
+    exemplars = [s.exemplar.labels for s in families["omni_proxy_phase_seconds"].samples if s.exemplar]
+    assert exemplars and all(labels == {"trace_id": f"{root.context.trace_id:032x}"} for labels in exemplars)
+    assert {s.labels["model"] for s in families["omni_proxy_prediction_confidence"].samples} == {
+        "prefill", "step", "transfer",
+    }  # fmt: skip
+
+
+async def test_step_times_in_reports_are_set_beside_their_prediction(start: Any) -> None:
+    stack = await start("d")
+    member = stack.proxy.fleet.get("d")
+    assert member is not None
+    for steps in (10, 20, 30):
+        member.load = Load(running=2, context_tokens=100, steps=steps, busy_ms=15.0 * steps)
+    assert stack.metric("omni_proxy_prediction_error_ratio_count", model="step") == 2

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ class ScriptedRoom:
         self.asked += 1
         if self.fixed_ms is not None:
             return self.fixed_ms
-        return 0.0 if self.free > 0 else max(0.001, (self.busy_until_s - self.timers.now) * 1e3)
+        return 0.0 if self.free > 0 else max(1.0, (self.busy_until_s - self.timers.now) * 1e3)
 
     def drain_ms(self) -> float:
         if self.fixed_ms is not None:
@@ -175,6 +176,18 @@ async def test_the_turn_comes_at_the_predicted_boundary():
         assert waiting.result().reason is Release.BOUNDARY
         assert waiting.result().waited_ms == pytest.approx(30)
         assert not b.timers.live
+
+
+async def test_a_timer_and_a_poke_together_release_no_more_than_there_is_room_for():
+    async with bench({"busy_until_s": 100.03}) as b:
+        for name in "ab":
+            await b.ask(name)
+        b.room.free = 1
+        b.gate.poke()
+        _, timer = b.timers.live[0]
+        timer._run()
+        await settle()
+        assert b.order == ["a"] and b.room.free == 0
 
 
 async def test_a_prediction_that_was_wrong_is_looked_at_again():
@@ -395,3 +408,27 @@ async def test_the_gate_asks_the_room_a_bounded_number_of_times():
         before = b.room.asked
         await b.free(10)
         assert len(b.order) == 10 and b.room.asked - before <= 12
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_storm_of_aborts_leaks_nothing(seed):
+    """Clients come, go away and are released in any order; at the end nothing waits and every place was used once."""
+    rng = random.Random(seed)
+    async with bench(max_requests=400, ttl_s=0.5, max_hold_ms=100) as b:
+        for number in range(400):
+            match rng.randrange(6):
+                case 0 | 1 | 2:
+                    tenant, priority = f"t{rng.randrange(4)}", rng.choice([0, 0, 10, -10])
+                    await b.ask(f"{number}", tenant, priority=priority, ttft_slo_ms=rng.choice([None, 50.0]))
+                case 3 if b.tasks:
+                    b.tasks[rng.choice(list(b.tasks))].cancel()
+                case 4:
+                    b.room.free += rng.randrange(3)
+                    b.gate.poke()
+                case _:
+                    await b.timers.advance(rng.choice([1, 20, 60]))
+        await b.timers.advance(600)
+        assert len(b.queue) == 0 and b.queue.size_bytes == 0 and b.gate.waiting_ms == 0
+        assert all(task.done() for task in b.tasks.values()) and not b.timers.live
+        ended = sum(t.cancelled() or t.exception() is not None or t.result() is b.turns[n] for n, t in b.tasks.items())
+        assert ended == len(b.tasks) and len(b.order) == len(set(b.order))

@@ -55,7 +55,7 @@ async def test_prefill_apart_gives_the_text_of_one_worker(start):
     assert submit.sampling.max_tokens == 23
     assert submit.kv_handle.lease_id == apart["p1"].prefills[0].request_id
     assert apart.metric("omni_proxy_first_tokens_total", source="prefill") == 1
-    assert apart.metric("omni_proxy_decisions_total", reason="disaggregated") == 1
+    assert apart.metric("omni_proxy_decisions_total", reason="disaggregated", policy="least_uncached_tokens") == 1
     assert not apart["p1"].released
 
 

@@ -119,7 +119,8 @@ def test_silence_opens_at_once_and_a_deaf_worker_stays_out():
     health = health_of(3)
     health.silence("w0", 0.0)
     assert health.refusal("w0", 0.9) == "ejected: silent"
-    assert health.due(0.5) == ["w0"]
+    assert health.is_due("w0", 0.5)
+    assert not health.is_due("w1", 0.5)
     health.probed("w0", False, 0.9)
     assert health.refusal("w0", 1.5) == "ejected: silent"
     health.probed("w0", True, 1.8)

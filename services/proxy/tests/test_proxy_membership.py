@@ -99,6 +99,24 @@ async def test_a_new_epoch_replaces_the_worker(start, kvstore):
     assert (await stack.chat()).status_code == 200
 
 
+async def test_a_worker_told_again_with_another_role_keeps_its_link(start, kvstore):
+    fake, address = kvstore
+    others = await start("d1")
+    stack = await start("", {"kvstore": address})
+    fleet, info = stack.proxy.fleet, others["d1"].info()
+    fake.messages.put_nowait(pb.WatchResponse(version=1, workers=[pb.WorkerChange(info=info)]))
+    await until(fleet, lambda: fleet.can_decode)
+    member = fleet.get("d1")
+    info.role = engine_pb2.ROLE_BOTH
+    info.labels["omni.group"] = "west"
+    fake.messages.put_nowait(pb.WatchResponse(version=2, workers=[pb.WorkerChange(info=info)]))
+    await until(fleet, lambda: member.worker.role == "both")
+    assert fleet.get("d1") is member
+    assert member.worker.labels == {"omni.group": "west"}
+    assert member.prefill is not None
+    assert (await stack.chat()).status_code == 200
+
+
 async def test_workers_of_another_model_are_not_used(start, kvstore):
     fake, address = kvstore
     others = await start("d1", model="other")

@@ -53,6 +53,26 @@ async def test_sigterm_finishes_streams_and_refuses_new_ones(start, model_dir):
             await process.wait()
 
 
+async def test_who_connected_before_the_end_is_answered(model_dir):
+    process = await launch(model_dir=str(model_dir), port="0")
+    try:
+        async with asyncio.timeout(30):
+            port = (await line_with(process, "serving"))["port"]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            process.terminate()
+            await line_with(process, "draining")
+            body = b'{"model": "tiny", "prompt": "hi"}'
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            assert b" 503 " in await reader.readline()
+            writer.close()
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"model_dir": "/nowhere"}, "tokenizer.json"), ({}, "model_dir"), ({"polcy": "x"}, "OMNI_PROXY_POLICY")],

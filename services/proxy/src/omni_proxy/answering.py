@@ -61,7 +61,7 @@ class GenerationResponse(Response):
     def __init__(
         self,
         generation: Generation,
-        make_writer: Callable[[EagerSend, dict[str, str]], Writer],
+        make_writer: Callable[[EagerSend], Writer],
         model: str,
         release: Callable[[], None],
     ) -> None:
@@ -84,7 +84,7 @@ class GenerationResponse(Response):
 
     async def _work(self, asgi_send: Send) -> None:
         send = EagerSend(asgi_send)
-        writer = self._make_writer(send, {"x-request-id": self._generation.request_id})
+        writer = self._make_writer(send)
         error: OmniError | None = Cancelled("the client is gone")
         status = _CLIENT_GONE_STATUS
         try:
@@ -117,7 +117,7 @@ class GenerationResponse(Response):
         if has_started:
             await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
             return
-        headers = error_headers(error) | {"x-request-id": self._generation.request_id}
+        headers = error_headers(error) | self._generation.headers()
         await send_whole(send, status_of(error), headers, orjson.dumps(error_body(error)))
 
 
@@ -130,7 +130,6 @@ class StreamWriter:
     def __init__(
         self,
         send: EagerSend,
-        headers: dict[str, str],
         generation: Generation,
         envelope: Envelope,
         form: Form,
@@ -138,7 +137,6 @@ class StreamWriter:
     ) -> None:
         self.started = False
         self._send = send
-        self._headers = headers
         self._generation = generation
         self._envelope = envelope
         self._form = form
@@ -153,9 +151,8 @@ class StreamWriter:
         body = self._full_piece(state, choice, piece)
         if not self.started:
             self.started = True
-            await self._send(
-                {"type": "http.response.start", "status": 200, "headers": _raw(_SSE_HEADERS | self._headers)}
-            )
+            headers = _raw(_SSE_HEADERS | self._generation.headers())
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         if body:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
@@ -196,12 +193,9 @@ class StreamWriter:
 class WholeWriter:
     """One JSON object at the end."""
 
-    def __init__(
-        self, send: Send, headers: dict[str, str], generation: Generation, envelope: Envelope, form: Form
-    ) -> None:
+    def __init__(self, send: Send, generation: Generation, envelope: Envelope, form: Form) -> None:
         self.started = False
         self._send = send
-        self._headers = headers
         self._generation = generation
         self._envelope = envelope
         self._form = form
@@ -216,7 +210,7 @@ class WholeWriter:
         choices = [self._whole_choice(index, pieces) for index, pieces in enumerate(self._pieces)]
         body = self._form.whole(self._envelope, choices, self._generation.usage())
         self.started = True
-        await send_whole(self._send, 200, self._headers | {"content-type": "application/json"}, body)
+        await send_whole(self._send, 200, self._generation.headers() | {"content-type": "application/json"}, body)
 
     def _whole_choice(self, index: int, pieces: Sequence[Piece]) -> WholeChoice:
         text = "".join(piece.text for piece in pieces)

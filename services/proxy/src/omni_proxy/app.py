@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from fastapi import FastAPI
@@ -17,14 +18,17 @@ from omni_common.prefix_index import PrefixIndex, warm_up
 from omni_common.rpc import channel
 from omni_proxy.admission import Admission
 from omni_proxy.bodies import HttpLimits
+from omni_proxy.config_watch import ConfigMetrics, ConfigPage, ConfigWatcher, Live
 from omni_proxy.fleet import Fleet, Worker
 from omni_proxy.flow.gate import FlowGate
 from omni_proxy.flow.metrics import FlowMetrics
 from omni_proxy.flow.queue import FlowQueue
-from omni_proxy.flow.settings import FlowSettings
+from omni_proxy.health import Health
+from omni_proxy.hedging import Hedging, HedgingSettings
 from omni_proxy.http import Api, create_app
 from omni_proxy.kv_pages import KvPages
 from omni_proxy.links import WorkerLink
+from omni_proxy.live_policy import LivePolicy
 from omni_proxy.membership import KvStoreMembership, StaticMembership
 from omni_proxy.metrics import Metrics
 from omni_proxy.openai_requests import Served
@@ -32,12 +36,14 @@ from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.replica import Replica
 from omni_proxy.room import FleetRoom
 from omni_proxy.roster import Roster
+from omni_proxy.saturation import Saturation, SaturationCollector
+from omni_proxy.schedule_config import ScheduleConfig
 from omni_proxy.scheduling.forecast import LoadCost
-from omni_proxy.scheduling.interfaces import Policy
-from omni_proxy.scheduling.policies import policy_of
+from omni_proxy.scheduling.times import WorkerTimes
 from omni_proxy.sequence import Limits, OutputLengths, Scheduler
 from omni_proxy.settings import Settings
 from omni_proxy.status import StatusPages
+from omni_proxy.tenants import Tenants
 from omni_proxy.text import ModelText
 
 _RELEASE_KV = "omni.prefill.v1.PrefillService/ReleaseKv"
@@ -60,7 +66,9 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
     metrics = Metrics(registry)
     # Before anything is served: the first lookup would hold up the event loop for seconds.
     await asyncio.to_thread(warm_up)
-    fleet = _fleet(settings, metrics)
+    base = _base(settings)
+    live = Live(base if settings.scheduler_config is None else ScheduleConfig.load(settings.scheduler_config, base))
+    fleet = _fleet(settings, live.value, metrics)
     admission = Admission(settings.max_inflight, metrics)
     proxy_id = _proxy_id(settings)
 
@@ -76,6 +84,7 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
             settings.stats_interval_ms,
             metrics,
             fleet.signal,
+            fleet.health,
         )
 
     async with Roster(fleet, link, settings.request_timeout_s) as roster:
@@ -83,12 +92,17 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
         if settings.kvstore:
             kvstore = KvStoreMembership(settings.kvstore, settings.model, connect, roster, fleet.replica)
         statics = [StaticMembership(a, connect, roster, settings.connect_timeout_s) for a in settings.workers]
-        pages = StatusPages(fleet, admission, metrics, kvstore, settings.model)
-        api = _api(settings, text, fleet, metrics, admission, tracer)
+        steering = _steering(settings.scheduler_config, base, live, fleet, registry)
+        api = _api(settings, text, fleet, metrics, admission, tracer, steering)
+        saturation = Saturation(fleet, lambda: live.value.slo.slo, lambda: steering.gate.waiting_ms)
+        registry.register(SaturationCollector(saturation))
+        pages = StatusPages(fleet, admission, metrics, kvstore, settings.model, api.scheduler.explanations, saturation)
         kv = KvPages(fleet, api.scheduler.keys, text, api.served, api.limits)
-        sources = [asyncio.create_task(s.run()) for s in ([kvstore] if kvstore else []) + statics]
+        config = ConfigPage(live, settings.scheduler_config)
+        watched = [source for source in (kvstore, steering.watcher, *statics) if source is not None]
+        sources = [asyncio.create_task(source.run()) for source in watched]
         try:
-            yield Proxy(create_app(api, pages, kv), fleet, admission)
+            yield Proxy(create_app(api, pages, kv, config), fleet, admission)
         finally:
             for source in sources:
                 source.cancel()
@@ -99,7 +113,7 @@ def _proxy_id(settings: Settings) -> str:
     return settings.proxy_id or f"proxy-{socket.gethostname()}-{os.getpid()}"
 
 
-def _fleet(settings: Settings, metrics: Metrics) -> Fleet:
+def _fleet(settings: Settings, config: ScheduleConfig, metrics: Metrics) -> Fleet:
     def make_index() -> PrefixIndex:
         return PrefixIndex(max_blocks=settings.index_blocks)
 
@@ -109,29 +123,81 @@ def _fleet(settings: Settings, metrics: Metrics) -> Fleet:
         "remote": LoadCost(0.0, settings.remote_ms_per_block),
     }
     replica = Replica(make_index, settings.expected_ttl_s, metrics.prefix)
-    return Fleet(settings.model, replica, load_costs, now=asyncio.get_running_loop().time)
+    health = Health(config.health, metrics.ejected, metrics.spared)
+    return Fleet(
+        settings.model,
+        replica,
+        load_costs,
+        now=asyncio.get_running_loop().time,
+        times=lambda columns: WorkerTimes(columns, make=config.predictor.make()),
+        health=health,
+        saw_step=lambda seen: metrics.predicted("step", seen),
+    )
 
 
-def _policy(settings: Settings) -> Policy:
+@dataclass(frozen=True, slots=True)
+class _Steering:
+    """What the scheduler's configuration governs, while it runs too."""
+
+    policy: LivePolicy
+    gate: FlowGate
+    tenants: Tenants
+    hedging: HedgingSettings
+    watcher: ConfigWatcher | None
+
+
+def _steering(
+    path: Path | None, base: ScheduleConfig, live: Live[ScheduleConfig], fleet: Fleet, registry: CollectorRegistry
+) -> _Steering:
+    config, metrics, flow_metrics = live.value, ConfigMetrics(registry), FlowMetrics(registry)
+    room = FleetRoom(fleet, config.flow.lookahead_ms)
+    gate = FlowGate(FlowQueue(config.flow), room, flow_metrics)
+    policy, tenants = LivePolicy(config), Tenants(config.tenants, config.slo.slo, flow_metrics)
+    metrics.show(config)
+
+    def apply(new: ScheduleConfig) -> None:
+        policy.reconfigure(new)
+        tenants.reconfigure(new.tenants, new.slo.slo)
+        fleet.health.settings = new.health
+        room.lookahead_ms = new.flow.lookahead_ms
+        gate.reconfigure(new.flow)
+
+    live.subscribe(apply)
+    watcher = None if path is None else ConfigWatcher(path, base, live, metrics)
+    return _Steering(policy, gate, tenants, config.hedging, watcher)
+
+
+def _base(settings: Settings) -> ScheduleConfig:
+    """What holds where the scheduler's file says nothing."""
     values = {"disaggregate_min_tokens": settings.disaggregate_min_tokens} if settings.disaggregate_min_tokens else {}
-    return policy_of(settings.policy, values)
-
-
-def _gate(fleet: Fleet, flow: FlowSettings, registry: CollectorRegistry) -> FlowGate:
-    return FlowGate(FlowQueue(flow), FleetRoom(fleet, flow.lookahead_ms), FlowMetrics(registry))
+    policy = {"name": settings.policy, "parameters": values}
+    return ScheduleConfig.of({"policy": policy, "health": settings.health, "hedging": settings.hedging})
 
 
 def _api(
-    settings: Settings, text: ModelText, fleet: Fleet, metrics: Metrics, admission: Admission, tracer: Tracer
+    settings: Settings,
+    text: ModelText,
+    fleet: Fleet,
+    metrics: Metrics,
+    admission: Admission,
+    tracer: Tracer,
+    steering: _Steering,
 ) -> Api:
-    policy = _policy(settings)
-    gate = _gate(fleet, FlowSettings(), metrics.registry)
     limits = Limits(settings.max_attempts, settings.resume_timeout_s)
     defaults = text.sampling_defaults if settings.generation_defaults == "model" else {}
     keys = PromptKeys(settings.model, KeyCache(settings.key_cache_bytes), metrics.prefix)
     return Api(
         scheduler=Scheduler(
-            fleet, policy, metrics, settings.model, limits, keys, OutputLengths(), gate, _proxy_id(settings)
+            fleet,
+            steering.policy,
+            metrics,
+            settings.model,
+            limits,
+            keys,
+            OutputLengths(),
+            steering.gate,
+            _proxy_id(settings),
+            hedging=Hedging(steering.hedging),
         ),
         text=text,
         served=Served(
@@ -140,4 +206,5 @@ def _api(
         admission=admission,
         limits=HttpLimits(settings.max_body_bytes, settings.body_timeout_s, settings.request_timeout_s),
         tracer=tracer,
+        tenants=steering.tenants,
     )

@@ -8,6 +8,7 @@ from fastapi import Request
 from omni_common.errors import InvalidRequest
 
 _DISCARD_FACTOR = 8
+_MAX_LIMIT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,20 @@ class HttpLimits:
     max_body_bytes: int
     body_timeout_s: float
     request_timeout_s: float
+
+
+def query_limit(request: Request, default: int) -> int:
+    """`?limit=` of a page.
+
+    Raises:
+        InvalidRequest: it is no number from 1 to 1000.
+    """
+    given = request.query_params.get("limit")
+    if given is None:
+        return default
+    if not given.isascii() or not given.isdigit() or not 1 <= int(given[:9]) <= _MAX_LIMIT:
+        raise InvalidRequest(f"limit: must be between 1 and {_MAX_LIMIT}", field="limit", reason="invalid_value")
+    return int(given)
 
 
 async def read_body(request: Request, limits: HttpLimits) -> bytes:

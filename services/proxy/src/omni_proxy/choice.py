@@ -77,10 +77,7 @@ class Choice:
                     return
 
     def _show(self, token_ids: Sequence[int]) -> bool:
-        """The `Show` of the sequence's feed.
-
-        What a stop string or an error ends here is told by `pieces`, which the refusal wakes.
-        """
+        """The sequence's `Show`. A refusal wakes `pieces`, which tells what a stop string or an error ended here."""
         outlet = self.outlet
         if outlet is None or not outlet.is_open or self._stopped is not None or self._failure is not None:
             return False
@@ -97,6 +94,7 @@ class Choice:
             # Other sequences share the callback: an error ends only this one.
             self._failure = error
             return False
+        self.run.sent(token_ids)
         return True
 
     def _piece(self, batch: TokenBatch) -> Piece:

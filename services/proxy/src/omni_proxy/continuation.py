@@ -46,6 +46,27 @@ def first_token_source(prompt_length: int, sampling: Sampling, handle: KvHandle 
     return FirstToken.PREFILL
 
 
+def resumes_by_replay(sampling: Sampling) -> bool:
+    """Whether a broken sequence is run again from its prompt, and what the client has is left out of the answer.
+
+    The state of a seeded generator and the penalties' counts of output tokens died with the engine; only the same
+    draws in the same order bring them back. Without a seed there is nothing to repeat.
+    """
+    is_drawn = sampling.temperature > 0
+    if is_drawn:
+        return sampling.seed is not None
+    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+
+def resumes_exactly(sampling: Sampling) -> bool:
+    """Whether what follows a resumption is distributed as if nothing had happened, or the same where it is determined.
+
+    Without a seed a sequence goes on from its tokens as a prompt, of which presence and frequency are not counted.
+    """
+    has_counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+    return resumes_by_replay(sampling) or not has_counts
+
+
 def continuation(
     prompt: Sequence[int], generated: Sequence[int], sampling: Sampling, first_token: FirstToken
 ) -> Continuation:

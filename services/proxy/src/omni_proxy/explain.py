@@ -71,7 +71,7 @@ class Explained:
             "num_sequences": len(self.sequences),
             "num_decisions": sum(len(sequence.decisions) for sequence in self.sequences),
             "decision": explained,
-            "seen": dict(self.seen),
+            "seen": dict(self.seen) | {"ttft_ms": self.sequences[0].seen().get("ttft_ms")},
         }
 
     def _head(self) -> dict[str, Any]:

@@ -32,9 +32,13 @@ Show = Callable[[Sequence[int]], bool]
 
 
 class Feed:
-    """Filled by one session, drained by one writer. `tokens` is bounded by the sequence's max_tokens."""
+    """Filled by one session, drained by one writer. `tokens` is bounded by the sequence's max_tokens.
 
-    __slots__ = ("_show", "_shown", "_waiter", "end", "logprobs", "start", "stream_id", "tokens")
+    `show` is asked only while the writer waits, which keeps tokens in order, and only about tokens that come with
+    neither a start nor log-probabilities nor an end.
+    """
+
+    __slots__ = ("_waiter", "end", "logprobs", "show", "start", "stream_id", "tokens")
 
     def __init__(self, stream_id: int) -> None:
         self.stream_id = stream_id
@@ -42,27 +46,16 @@ class Feed:
         self.logprobs: list[LogprobRow] = []
         self.start: SequenceStart | None = None
         self.end: End | None = None
-        self._show: Show | None = None
-        self._shown: list[int] = []
+        self.show: Show | None = None
         self._waiter: asyncio.Future[None] | None = None
-
-    def divert(self, show: Show | None, shown: list[int]) -> None:
-        """From now on `show` may take tokens, which are then added to `shown`; None ends that.
-
-        It is asked only while the writer waits, which keeps tokens in order, and only about tokens that come with
-        neither a start nor log-probabilities.
-        """
-        self._show, self._shown = show, shown
 
     def push(self, tokens: Sequence[int]) -> None:
         """Tokens of one step, shown at once or left to the writer."""
-        show, waiter = self._show, self._waiter
+        show, waiter = self.show, self._waiter
         is_plain = self.start is None and not self.logprobs
-        if show is not None and is_plain and waiter is not None and not waiter.done() and show(tokens):
-            self._shown.extend(tokens)
-            return
-        self.tokens.extend(tokens)
-        self.wake()
+        if show is None or not is_plain or waiter is None or waiter.done() or not show(tokens):
+            self.tokens.extend(tokens)
+            self.wake()
 
     def wake(self) -> None:
         """Let the writer run after the current callback."""

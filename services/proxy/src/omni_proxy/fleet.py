@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from omni_proxy.health import Attempt, Health, HealthSettings
 from omni_proxy.ledger import Ledger
 from omni_proxy.ports import DecodePort, PrefillPort
 from omni_proxy.replica import Holder, Replica
 from omni_proxy.scheduling.columns import Columns
 from omni_proxy.scheduling.forecast import LoadCost, Outlook
-from omni_proxy.scheduling.times import Capacity, WorkerTimes
-from omni_proxy.scheduling.view import FleetView, Floats, Ints, Rows
+from omni_proxy.scheduling.times import Capacity, Seen, WorkerTimes
+from omni_proxy.scheduling.view import FleetView, Floats, Ints, Pairing, Rows
 
 GROUP_LABEL = "omni.group"
 """Prefill and decode workers pair within a group."""
@@ -128,11 +129,11 @@ class _Usable(NamedTuple):
     ids: tuple[str, ...]
     prefills: np.ndarray
     decodes: np.ndarray
-    connectors: tuple[str, ...]
-    groups: tuple[str, ...]
+    pairing: Pairing
     labels: tuple[Mapping[str, str], ...]
     max_num_seqs: Ints
-    by_block_size: Mapping[int, Rows]
+    by_block_size: Mapping[int, tuple[Rows, Sequence[str]]]
+    """Rows and ids."""
 
 
 class PromptForecast(NamedTuple):
@@ -153,14 +154,22 @@ class Fleet:
         *,
         now: Callable[[], float] = time.monotonic,
         times: Callable[[Columns], WorkerTimes] = WorkerTimes,
+        health: Health | None = None,
+        saw_step: Callable[[Seen], None] | None = None,
     ) -> None:
-        """`load_costs`: of a worker's own tiers `host`, `disk` and `remote`; `now`: seconds."""
+        """`load_costs`: of a worker's own tiers `host`, `disk` and `remote`; `now`: seconds; `saw_step` hears of the
+        step times in workers' reports beside what was predicted."""
         self._model = model
         self._members: dict[str, Member] = {}
         self._changed = asyncio.Event()
         self._load_costs = load_costs
         self.now = now
         self._usable: _Usable | None = None
+        self._saw_step = saw_step
+        self._refused: frozenset[str] = frozenset()
+        self._left: set[str] = set()
+        """Workers that are gone while something of ours is not over yet; they keep their slots until then."""
+        self.health = health or Health(HealthSettings.model_validate({}))
         self.columns = Columns()
         self.ledger = Ledger(self.columns, now)
         self.times = times(self.columns)
@@ -177,7 +186,11 @@ class Fleet:
         """Add a worker or replace its earlier epoch, whose cached blocks are gone."""
         worker = member.worker
         slot = self.columns.slot(worker.id)
+        self._left.discard(worker.id)
+        if (earlier := self._members.get(worker.id)) is not None:
+            earlier.on_load = None
         self._members[worker.id] = member
+        self.health.forget(worker.id)
         self.times.join(slot, _capacity(worker))
         member.on_load = lambda before, load: self._loaded(slot, before, load)
         self._loaded(slot, Load(), member.load)
@@ -191,7 +204,9 @@ class Fleet:
             member.on_load = None
             self.times.leave(self.columns.slot(worker_id))
             self.replica.drop(worker_id)
-            self.ledger.forget(worker_id)
+            self._left.add(worker_id)
+            self._left = {left for left in self._left if not self.ledger.forget(left)}
+            self.health.forget(worker_id)
             self.signal()
 
     def signal(self) -> None:
@@ -214,6 +229,14 @@ class Fleet:
     def can_decode(self) -> bool:
         return any(m.decodes and m.refusal is None and self._serves(m) for m in self._members.values())
 
+    def refusal(self, member: Member) -> str | None:
+        """Why the worker takes no work, its health included; None if it does."""
+        return member.refusal or self.health.refusal(member.worker.id, self.now())
+
+    def attempt(self, worker_id: str) -> Attempt:
+        """A leg is sent to the worker; tell it what became of it."""
+        return Attempt(self.health, worker_id, self.now)
+
     @property
     def block_sizes(self) -> Sequence[int]:
         """Of the model's workers, each once, in order of size."""
@@ -224,16 +247,16 @@ class Fleet:
 
         One lookup per block size answers for all of them.
         """
-        usable = self._usable = self._usable or self._look()
+        usable = self._takers()
         found = np.zeros((4, len(usable.ids)))
-        for size, rows in usable.by_block_size.items():
+        for size, (rows, ids) in usable.by_block_size.items():
             outlook = Outlook(self.replica.lookup(keys_of(size), size), size, self._load_costs, self.replica.pool_costs)
-            found[:, rows] = outlook.columns([usable.ids[row] for row in rows])
+            found[:, rows] = outlook.columns(ids)
         return PromptForecast(usable.ids, found)
 
     def is_current(self, forecast: PromptForecast) -> bool:
         """The same workers take work as when it was made."""
-        return self._usable is not None and self._usable.ids is forecast.ids
+        return self._takers().ids is forecast.ids
 
     def view(self, found: PromptForecast, prompt_tokens: int, output_tokens: int) -> FleetView:
         """The fleet as of now for a prompt with a current forecast; load columns are copies."""
@@ -248,8 +271,7 @@ class Fleet:
             ids=usable.ids,
             prefills=usable.prefills,
             decodes=usable.decodes,
-            connectors=usable.connectors,
-            groups=usable.groups,
+            pairing=usable.pairing,
             labels=usable.labels,
             cached_tokens=cached,
             expected_tokens=forecast[1].astype(np.int64),
@@ -274,11 +296,33 @@ class Fleet:
 
     def usable_slots(self) -> tuple[Rows, np.ndarray, np.ndarray]:
         """Slots of the workers that take work, and which of them prefill and decode."""
-        usable = self._usable = self._usable or self._look()
+        usable = self._takers()
         return usable.slots, usable.prefills, usable.decodes
 
-    def _look(self) -> _Usable:
-        members = [m for m in self._members.values() if m.refusal is None and self._serves(m)]
+    def usable_ids(self) -> tuple[str, ...]:
+        """In the order of `usable_slots`."""
+        return self._takers().ids
+
+    def _takers(self) -> _Usable:
+        """Those who take work now. Looked for again when a member changed, or somebody's health."""
+        if self._usable is None:
+            self._tell_presence()
+        refused = self.health.refused(self.now())
+        if self._usable is None or refused != self._refused:
+            self._refused, self._usable = refused, self._look(refused)
+        return self._usable
+
+    def _tell_presence(self) -> None:
+        for member in self._members.values():
+            if member.refusal is None and self._serves(member):
+                self.health.join(member.worker.id, [*["prefill"] * member.prefills, *["decode"] * member.decodes])
+            else:
+                self.health.away(member.worker.id)
+
+    def _look(self, refused: frozenset[str]) -> _Usable:
+        members = [
+            m for m in self._members.values() if m.refusal is None and self._serves(m) and m.worker.id not in refused
+        ]
         workers = [m.worker for m in members]
         sizes = np.array([w.block_size for w in workers], np.int64)
         return _Usable(
@@ -286,11 +330,13 @@ class Fleet:
             ids=tuple(w.id for w in workers),
             prefills=np.array([m.prefills for m in members], np.bool_),
             decodes=np.array([m.decodes for m in members], np.bool_),
-            connectors=tuple(w.kv_connector for w in workers),
-            groups=tuple(w.labels.get(GROUP_LABEL, "") for w in workers),
+            pairing=Pairing([w.kv_connector for w in workers], [w.labels.get(GROUP_LABEL, "") for w in workers]),
             labels=tuple(w.labels for w in workers),
             max_num_seqs=np.array([w.max_num_seqs for w in workers], np.int64),
-            by_block_size={int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)},
+            by_block_size={
+                int(size): (np.flatnonzero(sizes == size), [w.id for w in workers if w.block_size == size])
+                for size in np.unique(sizes)
+            },
         )
 
     def _serves(self, member: Member) -> bool:
@@ -308,13 +354,15 @@ class Fleet:
         columns.stats_at_s[slot] = self.now()
         steps = load.steps - before.steps
         if steps > 0 and before.steps:
-            self.times.saw_steps(
+            seen = self.times.saw_steps(
                 slot,
                 (before.running + load.running) / 2,
                 (before.context_tokens + load.context_tokens) / 2,
                 (load.computed_prompt_tokens - before.computed_prompt_tokens) / steps,
                 (load.busy_ms - before.busy_ms) / steps,
             )
+            if seen is not None and self._saw_step is not None:
+                self._saw_step(seen)
 
 
 def _capacity(worker: Worker) -> Capacity:

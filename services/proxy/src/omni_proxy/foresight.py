@@ -91,9 +91,13 @@ class Foresight:
         """The worker has the prompt's blocks from another one."""
         self._fleet.replica.computed(worker.id, self.keys(worker.block_size))
 
-    def compare(self, worker: Worker, cached_tokens: int) -> int:
-        """Count what the worker says it found cached beside what was foreseen, which is returned."""
-        predicted = reusable_tokens(self.cached_tokens(worker), len(self._prompt), worker.block_size)
+    def compare(self, worker: Worker, cached_tokens: int, foreseen: int | None = None) -> int:
+        """Count what the worker says it found cached beside what was foreseen, which is returned.
+
+        `foreseen`: the worker's cached tokens of an earlier look.
+        """
+        seen = self.cached_tokens(worker) if foreseen is None else foreseen
+        predicted = reusable_tokens(seen, len(self._prompt), worker.block_size)
         self._metrics.compare(predicted, cached_tokens)
         return predicted
 

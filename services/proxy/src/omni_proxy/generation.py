@@ -5,10 +5,11 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from omni_common.errors import OmniError
 from omni_proxy.choice import Choice, Piece
+from omni_proxy.explain import DECISION_HEADER, Explained, header_value
 from omni_proxy.lifecycle import SequenceRun
 from omni_proxy.openai_answers import Usage
 from omni_proxy.openai_requests import Options
@@ -42,6 +43,8 @@ class Generation:
         timeout_s: float,
         trace: RequestTrace,
         caller: Caller = NOBODY,
+        explains: bool = False,
+        rate_headers: Mapping[str, str] | None = None,
     ) -> None:
         self.request_id = request_id
         self.caller = caller
@@ -58,6 +61,17 @@ class Generation:
             self._choice(scheduler, text, options, f"{stem}-{i}", i, max_tokens[i // options.n])
             for i in range(options.n * len(prompts))
         ]
+        self._explains = explains
+        self._rate_headers = rate_headers or {}
+        self._explained = Explained(request_id, [c.run.record for c in self.choices], caller.tenant, caller.priority)
+        scheduler.explanations.begin(self._explained)
+
+    def headers(self) -> dict[str, str]:
+        """Of an answer, as far as the request has come."""
+        headers = {"x-request-id": self.request_id, **self._rate_headers}
+        if self._explains:
+            headers[DECISION_HEADER] = header_value(self.choices[0].run.record.decisions)
+        return headers
 
     async def run(self, on_piece: OnPiece) -> None:
         """Hand every piece to `on_piece`, in order within a choice. Cancelling aborts all sequences.
@@ -89,17 +103,19 @@ class Generation:
         return Usage(prompt, choice.output_tokens, choice.run.record.cached_tokens)
 
     def finished(self, status: int, model: str, error: OmniError | None) -> None:
-        """Write the metrics and end the root span."""
-        usage, metrics, now = self.usage(), self._metrics, time.perf_counter()
+        """Write the metrics, complete the explanation and end the root span."""
+        usage, now = self.usage(), time.perf_counter()
         ttft = (self.clock.first_piece or now) - self.clock.arrived
-        metrics.requests.labels(str(status)).inc()
-        metrics.e2e.observe(now - self.clock.arrived)
-        if self.clock.first_piece is not None:
-            metrics.ttft.observe(ttft)
-        metrics.prompt_tokens.inc(usage.prompt_tokens)
-        metrics.cached_tokens.inc(usage.cached_tokens)
-        metrics.output_tokens.inc(usage.completion_tokens)
-        metrics.text_seconds.inc(sum(choice.text_s for choice in self.choices))
+        self._write_metrics(status, usage, now)
+        self._explained.ended(
+            status,
+            None if error is None else error.code,
+            {
+                "first_token_ms": None if self.clock.first_piece is None else round(ttft * 1e3, 3),
+                "e2e_ms": round((now - self.clock.arrived) * 1e3, 3),
+                **asdict(usage),
+            },
+        )
         self._trace.end(
             self.choices[0].run.record.attributes()
             | {
@@ -116,6 +132,20 @@ class Generation:
             },
             None if error is None else error.code,
         )
+
+    def _write_metrics(self, status: int, usage: Usage, now: float) -> None:
+        metrics, clock, exemplar = self._metrics, self.clock, self._trace.exemplar
+        metrics.requests.labels(str(status)).inc()
+        metrics.e2e.observe(now - clock.arrived, exemplar)
+        if clock.first_piece is not None:
+            metrics.ttft.observe(clock.first_piece - clock.arrived, exemplar)
+        metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics.cached_tokens.inc(usage.cached_tokens)
+        metrics.output_tokens.inc(usage.completion_tokens)
+        metrics.text_seconds.inc(sum(choice.text_s for choice in self.choices))
+        metrics.tenants.used(self.caller.tenant, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        for choice in self.choices:
+            metrics.phases.observe(choice.run.record.phases(), exemplar)
 
     async def _drain(self, choice: Choice, on_piece: OnPiece, is_primed: asyncio.Event | None) -> None:
         try:

@@ -13,10 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from omni_common.errors import Code, OmniError
+
+STALLED = "stalled"
+"""Reason of the error that ends a leg on a worker gone quiet."""
+_REFUSALS = frozenset({"rejected", "draining", "loading"})
+"""Reasons of a worker that is well and takes no work."""
 
 
 class Outcome(StrEnum):
@@ -80,7 +86,7 @@ class HealthSettings(BaseModel):
 
 def outcome_of(error: OmniError) -> Outcome:
     """Whose fault an error of a leg is."""
-    if error.reason == "rejected" or error.code in (Code.RESOURCE_EXHAUSTED, Code.FAILED_PRECONDITION):
+    if error.reason in _REFUSALS or error.code in (Code.RESOURCE_EXHAUSTED, Code.FAILED_PRECONDITION):
         return Outcome.REFUSAL
     if error.code in (Code.UNAVAILABLE, Code.INTERNAL):
         return Outcome.FAILURE
@@ -113,6 +119,9 @@ class _Circuit:
 
     def forget_legs(self) -> None:
         self.consecutive, self.failures, self.ended, self.failed_at = 0, 0.0, 0.0, float("-inf")
+
+
+_NOBODY: frozenset[str] = frozenset()
 
 
 class Health:
@@ -163,6 +172,12 @@ class Health:
         circuit.probing = [began for began in circuit.probing if began > oldest]
         return "ejected: probing" if len(circuit.probing) >= circuit.permits else None
 
+    def refused(self, now: float) -> frozenset[str]:
+        """Workers that take no new work."""
+        if not self._out:
+            return _NOBODY
+        return frozenset(worker for worker in self._out if self.refusal(worker, now) is not None)
+
     def began(self, worker_id: str, now: float) -> None:
         """A leg was sent to the worker."""
         circuit = self._out.get(worker_id)
@@ -203,10 +218,12 @@ class Health:
         if circuit is not None and not is_well and self._state(circuit, now) is State.OPEN:
             circuit.until = max(circuit.until, now + self.settings.ejection_s)
 
-    def due(self, now: float) -> list[str]:
-        """Workers whose time out is about to end; a probe now says whether it should."""
-        lead = self.settings.probe_interval_s
-        return [w for w, c in self._out.items() if c.is_here and c.state is State.OPEN and c.until - now <= lead]
+    def is_due(self, worker_id: str, now: float) -> bool:
+        """The worker's time out is about to end; a probe now says whether it should."""
+        circuit = self._out.get(worker_id)
+        if circuit is None or self._state(circuit, now) is not State.OPEN:
+            return False
+        return circuit.until - now <= self.settings.probe_interval_s
 
     def state(self, worker_id: str, now: float) -> State:
         circuit = self._out.get(worker_id)
@@ -279,3 +296,39 @@ class Health:
     def _is_panic(self, circuit: _Circuit) -> bool:
         """So many of the others went away that those who are out are needed."""
         return any(self._num_out[leg] > self._allowed(leg) for leg in circuit.legs)
+
+
+class Attempt:
+    """One leg on one worker, from now on. A context: an end without a verdict was the client's doing."""
+
+    __slots__ = ("_health", "_now", "_verdict", "_worker_id")
+
+    def __init__(self, health: Health, worker_id: str, now: Callable[[], float]) -> None:
+        self._health = health
+        self._worker_id = worker_id
+        self._now = now
+        self._verdict: Outcome | None = None
+        health.began(worker_id, now())
+
+    def succeeded(self) -> None:
+        """Tokens came; told once."""
+        if self._verdict is None:
+            self._tell(Outcome.SUCCESS)
+
+    def failed(self, error: OmniError) -> None:
+        if error.reason == STALLED:
+            self._verdict = Outcome.FAILURE
+            self._health.silence(self._worker_id, self._now())
+        else:
+            self._tell(outcome_of(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._verdict is None:
+            self._tell(Outcome.CLIENT)
+
+    def _tell(self, kind: Outcome) -> None:
+        self._verdict = kind
+        self._health.outcome(self._worker_id, kind, self._now())

@@ -3,20 +3,22 @@
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from opentelemetry.trace import Tracer
 from starlette.exceptions import HTTPException
-from starlette.types import Send
 
 from omni_common.errors import InvalidRequest, NotFound, OmniError
 from omni_proxy import __version__
 from omni_proxy.admission import Admission
 from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer
 from omni_proxy.bodies import HttpLimits, read_body
+from omni_proxy.config_watch import ConfigPage
+from omni_proxy.eager_send import EagerSend
+from omni_proxy.explain import EXPLAIN_HEADER
 from omni_proxy.fields import Fields
 from omni_proxy.generation import Generation, token_limits
 from omni_proxy.kv_pages import KvPages
@@ -32,8 +34,10 @@ from omni_proxy.openai_errors import error_body, error_headers, status_of
 from omni_proxy.openai_logprobs import chat_logprobs, completion_logprobs
 from omni_proxy.openai_requests import Options, Served, parse_chat, parse_completion, parse_json
 from omni_proxy.prompt_requests import parse_detokenize, parse_tokenize
+from omni_proxy.scheduling.request import Caller
 from omni_proxy.sequence import Scheduler
 from omni_proxy.status import StatusPages
+from omni_proxy.tenants import Tenants
 from omni_proxy.text import ModelText
 from omni_proxy.tracing import RequestTrace
 
@@ -50,6 +54,7 @@ class Api:
     admission: Admission
     limits: HttpLimits
     tracer: Tracer
+    tenants: Tenants
 
     async def chat(self, request: Request) -> Response:
         chat = parse_chat(await self._fields(request), self.served)
@@ -117,8 +122,9 @@ class Api:
         form: Form,
         field: str,
     ) -> Response:
-        release = self.admission.enter(num_prompts * options.n)
+        leave, visit = self.admission.enter(num_prompts * options.n), None
         try:
+            visit = self.tenants.enter(request.state.caller)
             prompts = await make_prompts()
             max_model_len = self.max_model_len
             for index, tokens in enumerate(prompts):
@@ -127,22 +133,36 @@ class Api:
                     raise InvalidRequest(f"{name}: has no tokens", field=name, reason="empty_prompt")
                 check_room(len(tokens), max_model_len, name)
             limits = token_limits(options, [len(p) for p in prompts], max_model_len)
+            visit.charge(self._expected_tokens(prompts, limits, options.n))
             trace = RequestTrace(self.tracer, request.headers)
             generation = Generation(
                 self.scheduler, self.text, options, prompts, limits, request_id_of(request),
-                self.limits.request_timeout_s, trace,
+                self.limits.request_timeout_s, trace, visit.caller, explains=request.headers.get(EXPLAIN_HEADER) == "1",
+                rate_headers=visit.headers,
             )  # fmt: skip
         except BaseException:
-            release()
+            leave()
+            if visit is not None:
+                visit.end()
             raise
         envelope = Envelope(f"{prefix}-{generation.request_id}", int(time.time()), options.model, options.include_usage)
 
-        def writer(send: Send, headers: dict[str, str]) -> Writer:
+        def writer(send: EagerSend) -> Writer:
             if options.stream:
-                return StreamWriter(send, headers, generation, envelope, form, options.continuous_usage)
-            return WholeWriter(send, headers, generation, envelope, form)
+                return StreamWriter(send, generation, envelope, form, options.continuous_usage)
+            return WholeWriter(send, generation, envelope, form)
+
+        def release() -> None:
+            usage = generation.usage()
+            leave()
+            visit.end(usage.prompt_tokens + usage.completion_tokens)
 
         return GenerationResponse(generation, writer, options.model, release)
+
+    def _expected_tokens(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], n: int) -> int:
+        """Of prompts and answers, as the tenant is charged until the answers have ended."""
+        output = sum(self.scheduler.lengths.expect(limit) for limit in limits)
+        return sum(map(len, prompts)) + n * output
 
     async def _fields(self, request: Request) -> Fields:
         return parse_json(await read_body(request, self.limits))
@@ -168,8 +188,11 @@ def request_id_of(request: Request) -> str:
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-def create_app(api: Api, pages: StatusPages, kv: KvPages) -> FastAPI:
-    """Routes and error answers; everything they need is passed in."""
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(api: Api, pages: StatusPages, kv: KvPages, config: ConfigPage) -> FastAPI:
+    """Routes and error answers; everything they need is passed in. What is not open asks who is there first."""
     app = FastAPI(title="Omni", version=__version__, redirect_slashes=False)
     for path, handler in (
         ("/v1/chat/completions", api.chat),
@@ -178,24 +201,31 @@ def create_app(api: Api, pages: StatusPages, kv: KvPages) -> FastAPI:
         ("/detokenize", api.detokenize),
         ("/kv/prefix", kv.prefix),
     ):
-        app.add_api_route(path, handler, methods=["POST"], response_model=None)
+        app.add_api_route(path, _guarded(api.tenants, handler), methods=["POST"], response_model=None)
     for path, handler in (
         ("/v1/models", api.models),
         ("/v1/models/{model_id:path}", api.model),
-        ("/health", pages.health),
-        ("/ready", pages.ready),
-        ("/metrics", pages.metrics),
         ("/workers", pages.workers),
+        ("/saturation", pages.saturation),
+        ("/decisions", pages.decisions),
+        ("/decisions/{request_id:path}", pages.decision),
+        ("/config", config.config),
         ("/kv", kv.summary),
         ("/kv/hottest", kv.hottest),
     ):
+        app.add_api_route(path, _guarded(api.tenants, handler), methods=["GET"], response_model=None)
+    for path, handler in (("/health", pages.health), ("/ready", pages.ready), ("/metrics", pages.metrics)):
         app.add_api_route(path, handler, methods=["GET"], response_model=None)
 
     async def on_omni_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, OmniError)
         status = status_of(error)
         api.scheduler.metrics.requests.labels(str(status)).inc()
-        headers = error_headers(error) | {"x-request-id": request_id_of(request)}
+        headers = {
+            **error_headers(error),
+            **_rate_headers(api.tenants, request),
+            "x-request-id": request_id_of(request),
+        }
         return Response(orjson.dumps(error_body(error)), status, headers)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
@@ -208,6 +238,21 @@ def create_app(api: Api, pages: StatusPages, kv: KvPages) -> FastAPI:
     app.add_exception_handler(OmniError, on_omni_error)
     app.add_exception_handler(HTTPException, on_http_error)
     return app
+
+
+def _guarded(tenants: Tenants, handler: Handler) -> Handler:
+    """`request.state.caller` is who asks; strangers are refused before anything is read of the body."""
+
+    async def guarded(request: Request) -> Response:
+        request.state.caller = tenants.caller_of(request.headers)
+        return await handler(request)
+
+    return guarded
+
+
+def _rate_headers(tenants: Tenants, request: Request) -> Mapping[str, str]:
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return {} if caller is None else tenants.rate_headers(caller)
 
 
 def _json(body: object, status: int = 200) -> Response:

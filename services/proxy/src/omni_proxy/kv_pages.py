@@ -7,14 +7,14 @@ import orjson
 from fastapi import Request, Response
 
 from omni_common.errors import InvalidRequest
-from omni_proxy.bodies import HttpLimits, read_body
+from omni_proxy.bodies import HttpLimits, query_limit, read_body
 from omni_proxy.fleet import Fleet
 from omni_proxy.openai_requests import Served, parse_json
 from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.prompt_requests import PrefixRequest, parse_prefix
 from omni_proxy.text import ModelText
 
-_DEFAULT_LIMIT, _MAX_LIMIT = 20, 1000
+_DEFAULT_LIMIT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class KvPages:
 
     async def hottest(self, request: Request) -> Response:
         """The prefixes most lookups ended at. Reads the whole index."""
-        found = self.fleet.replica.index.hottest(_limit(request.query_params.get("limit")))
+        found = self.fleet.replica.index.hottest(query_limit(request, _DEFAULT_LIMIT))
         prefixes = [
             {"block_key": hot.key.hex(), "blocks": hot.blocks, "hits": hot.hits, "members": hot.members}
             for hot in found
@@ -87,14 +87,6 @@ class KvPages:
             return sizes[0]
         message = f"block_size: is required, the workers have {list(sizes)}"
         raise InvalidRequest(message, field="block_size", reason="missing_parameter")
-
-
-def _limit(given: str | None) -> int:
-    if given is None:
-        return _DEFAULT_LIMIT
-    if not given.isascii() or not given.isdigit() or not 1 <= int(given) <= _MAX_LIMIT:
-        raise InvalidRequest(f"limit: must be between 1 and {_MAX_LIMIT}", field="limit", reason="invalid_value")
-    return int(given)
 
 
 def _json(body: object) -> Response:

@@ -106,11 +106,13 @@ class Ledger:
         work = _NO_WORK if prompt is None else prompt_features(*prompt)
         return Charge(self._columns, slot, self._now, prompt[0] if prompt else 0, work, output_tokens)
 
-    def forget(self, worker_id: str) -> None:
-        """Drop the account of a worker that is gone, unless something still runs there."""
+    def forget(self, worker_id: str) -> bool:
+        """Drop the account of a worker that is gone. False: something still runs there, ask again."""
         slot = self._columns.get(worker_id)
-        if slot is not None and not self._columns.own_requests[slot]:
-            self._columns.let_go(worker_id)
+        if slot is not None and self._columns.own_requests[slot]:
+            return False
+        self._columns.let_go(worker_id)
+        return True
 
     @property
     def total_requests(self) -> int:

@@ -19,9 +19,11 @@ from omni_common.errors import Unavailable
 from omni_common.rpc_errors import from_rpc_error
 from omni_proxy.backoff import Backoff
 from omni_proxy.fleet import Load, Member, Role, Worker
+from omni_proxy.health import Health, HealthSettings
 from omni_proxy.metrics import Metrics
 from omni_proxy.ports import PrefillAnswer, PrefillOrder
 from omni_proxy.sessions import DecodeSession
+from omni_proxy.stalls import TICK_S, StallWatch
 from omni_proxy.wire import load_from_wire, prefill_from_wire, prefill_to_wire, role_from_wire
 
 log = logging.getLogger(__name__)
@@ -38,12 +40,17 @@ def is_own_cancel() -> bool:
 class PrefillClient:
     """The `PrefillPort` of one worker."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, watch: StallWatch) -> None:
+        self._watch = watch
         self._stub: Any = prefill_service_pb2_grpc.PrefillServiceStub(channel)  # type: ignore[no-untyped-call]
         self._releases: set[asyncio.Task[None]] = set()
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def is_silent(self) -> bool:
+        return self._watch.is_silent
 
     async def wait_idle(self) -> None:
         """Until no prefill runs."""
@@ -97,13 +104,16 @@ class WorkerLink:
         stats_interval_ms: int,
         metrics: Metrics,
         on_change: Callable[[], None],
+        health: Health | None = None,
     ) -> None:
         self._channel = channel
+        self._health = health or Health(HealthSettings.model_validate({}))
+        self._watch = StallWatch(self._health.settings)
         self._stats: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)  # type: ignore[no-untyped-call]
         self._request = worker_pb.WatchStatsRequest(min_interval_ms=stats_interval_ms, proxy_id=proxy_id)
         self._on_change = on_change
-        self._session = DecodeSession(channel, proxy_id, connect_timeout_s, metrics, on_change)
-        self._prefill = PrefillClient(channel)
+        self._session = DecodeSession(channel, proxy_id, connect_timeout_s, metrics, on_change, self._watch)
+        self._prefill = PrefillClient(channel, self._watch)
         self._has_decoded = asyncio.Event()
         self._tells_role = False
         self.member = Member(worker, None, None)
@@ -120,6 +130,7 @@ class WorkerLink:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch_load())
                 tasks.create_task(self._keep_session())
+                tasks.create_task(self._look_after())
         finally:
             await self._prefill.close()
             await self._channel.close(None)
@@ -133,6 +144,29 @@ class WorkerLink:
         """From the first time the worker decodes; the session stays when it does no more, for what runs on it."""
         await self._has_decoded.wait()
         await self._session.run()
+
+    async def _look_after(self) -> None:
+        """Sequences do not wait on a worker that has gone quiet; one that is out is asked before it returns."""
+        health, worker_id, since_probe_s = self._health, self.member.worker.id, 0.0
+        now = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._watch.tick(self._session.is_owed, self.member.load.step_ms / 1e3):
+                log.warning("worker has gone quiet", extra={"worker": worker_id, "silent_s": self._watch.silent_s})
+                health.silence(worker_id, now())
+                self._session.abandon()
+            since_probe_s += TICK_S
+            if since_probe_s >= health.settings.probe_interval_s and health.is_due(worker_id, now()):
+                since_probe_s = 0.0
+                health.probed(worker_id, await self._answers(), now())
+
+    async def _answers(self) -> bool:
+        try:
+            timeout_s = self._health.settings.probe_interval_s
+            await self._stats.Describe(worker_pb.DescribeRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
 
     async def _watch_load(self) -> None:
         backoff = Backoff()
@@ -150,6 +184,7 @@ class WorkerLink:
             await backoff.wait()
 
     def _told(self, message: worker_pb.WatchStatsResponse) -> None:
+        self._watch.reported()
         worker = self.member.worker
         if (role := role_from_wire(message.role)) is not None:
             self._tells_role = True

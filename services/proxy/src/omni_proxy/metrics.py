@@ -2,6 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from omni_proxy.health import Cause
+from omni_proxy.phases import PhaseMetrics, TenantMetrics
+from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.times import Seen
 
 _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
@@ -26,7 +29,9 @@ class Metrics:
         self.prompt_tokens = Counter("omni_proxy_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter("omni_proxy_cached_tokens", "Prompt tokens found cached", registry=registry)
         self.output_tokens = Counter("omni_proxy_output_tokens", "Generated tokens", registry=registry)
-        self.decisions = Counter("omni_proxy_decisions", "Scheduling decisions", ["reason"], registry=registry)
+        self.decisions = Counter(
+            "omni_proxy_decisions", "How prompts came to be computed", ["reason", "policy"], registry=registry
+        )
         self.first_tokens = Counter("omni_proxy_first_tokens", "First tokens by source", ["source"], registry=registry)
         self.retries = Counter("omni_proxy_retries", "Legs tried again before a token", ["leg"], registry=registry)
         self.resumes = Counter("omni_proxy_resumes", "Sequences continued on another session", registry=registry)
@@ -46,12 +51,52 @@ class Metrics:
             buckets=_ERROR,
             registry=registry,
         )
+        self.prediction_confidence = Gauge(
+            "omni_proxy_prediction_confidence",
+            "Mean of workers; 0: nothing was seen yet, 1: much, and as predicted",
+            ["model"],
+            registry=registry,
+        )
+        self.phases = PhaseMetrics(registry)
+        self.tenants = TenantMetrics(registry)
         self.prefix = PrefixMetrics(registry)
+        self.health = HealthMetrics(registry)
+
+    def decided(self, decision: Decision) -> None:
+        """How a prompt comes to be computed."""
+        self.decisions.labels(decision.reason, decision.policy).inc()
+
+    def ejected(self, cause: Cause) -> None:
+        self.health.ejections.labels(cause).inc()
+
+    def spared(self, cause: Cause) -> None:
+        self.health.spared.labels(cause).inc()
 
     def predicted(self, model: str, seen: Seen) -> None:
         """A prediction beside what came."""
         if seen.seen_ms > 0:
             self.prediction_error.labels(model).observe(seen.error)
+
+
+class HealthMetrics:
+    """Sick workers, and what was done about them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.workers = Gauge("omni_proxy_worker_health", "Reachable workers by circuit", ["state"], registry=registry)
+        self.ejections = Counter("omni_proxy_ejections", "Workers taken out", ["cause"], registry=registry)
+        self.spared = Counter(
+            "omni_proxy_ejections_spared", "Not taken out, since too many others are", ["cause"], registry=registry
+        )
+        self.hedges = Counter("omni_proxy_hedges", "Second prefills by who answered first", ["won"], registry=registry)
+        self.replays = Counter(
+            "omni_proxy_replays", "Resumptions that ran a sequence again from its prompt", ["end"], registry=registry
+        )
+        self.fallbacks = Counter(
+            "omni_proxy_pull_fallbacks", "Prompts computed on decode as no blocks arrived", registry=registry
+        )
+        self.inexact = Counter(
+            "omni_proxy_inexact_resumes", "Resumed otherwise than an undisturbed run would go on", registry=registry
+        )
 
 
 class PrefixMetrics:

@@ -49,9 +49,14 @@ def error_event(error: OmniError) -> bytes:
 
 
 def error_headers(error: OmniError) -> dict[str, str]:
+    """Of an answer that is an error; `x-omni-dropped-reason` says why a request found no place."""
     headers = {"content-type": "application/json"}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if status_of(error) in (429, 503) and error.reason:
+        headers["x-omni-dropped-reason"] = error.reason
+    if error.code is Code.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
     if error.reason in ("body_too_large", "body_timeout"):
         headers["connection"] = "close"
     return headers

@@ -9,6 +9,7 @@ _SECONDS = (1e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2,
 MAX_TENANTS = 100
 OTHER_TENANTS = "other"
 NO_TENANT = "none"
+_SHARED_LABELS = 2
 
 
 class Phase(StrEnum):
@@ -48,27 +49,29 @@ class TenantMetrics:
 
     def __init__(self, registry: CollectorRegistry, max_tenants: int = MAX_TENANTS) -> None:
         def counter(name: str, text: str) -> Counter:
-            return Counter(f"omni_proxy_tenant_{name}", text, ["tenant"], registry=registry)
+            return Counter(name, text, ["tenant"], registry=registry)
 
         self._max_tenants = max_tenants
-        self._known = {NO_TENANT}
-        self._requests = counter("requests", "Requests that reached the scheduler")
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens")
-        self._cached_tokens = counter("cached_tokens", "Of those, found cached")
-        self._output_tokens = counter("output_tokens", "Generated tokens")
+        self._counters = (
+            counter("omni_proxy_tenant_requests", "Requests that reached the scheduler"),
+            counter("omni_proxy_tenant_prompt_tokens", "Prompt tokens"),
+            counter("omni_proxy_tenant_cached_tokens", "Of those, found cached"),
+            counter("omni_proxy_tenant_output_tokens", "Generated tokens"),
+        )
+        self._known: dict[str, tuple[Counter, ...]] = {}
+        for label in (NO_TENANT, OTHER_TENANTS):
+            self._learn(label)
 
     def used(self, tenant: str, prompt_tokens: int, cached_tokens: int, output_tokens: int) -> None:
         """One request's usage."""
-        label = self._label(tenant)
-        self._requests.labels(label).inc()
-        self._prompt_tokens.labels(label).inc(prompt_tokens)
-        self._cached_tokens.labels(label).inc(cached_tokens)
-        self._output_tokens.labels(label).inc(output_tokens)
+        label = tenant or NO_TENANT
+        counters = self._known.get(label)
+        if counters is None:
+            has_room = len(self._known) < self._max_tenants + _SHARED_LABELS
+            counters = self._learn(label) if has_room else self._known[OTHER_TENANTS]
+        for counter, amount in zip(counters, (1, prompt_tokens, cached_tokens, output_tokens), strict=True):
+            counter.inc(amount)
 
-    def _label(self, tenant: str) -> str:
-        name = tenant or NO_TENANT
-        if name not in self._known:
-            if len(self._known) > self._max_tenants:
-                return OTHER_TENANTS
-            self._known.add(name)
-        return name
+    def _learn(self, label: str) -> tuple[Counter, ...]:
+        found = self._known[label] = tuple(counter.labels(label) for counter in self._counters)
+        return found

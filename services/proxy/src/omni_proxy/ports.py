@@ -80,7 +80,8 @@ class PrefillAnswer:
 class Submission:
     """`token_ids` are the prompt, then `num_output_tokens` tokens the client already has.
 
-    `uncached_tokens`: what the worker is believed to compute; None where nobody knows.
+    `uncached_tokens`: what the worker is believed to compute; None where nobody knows. `predicted_ms`: until its first
+    token.
     """
 
     request_id: str
@@ -92,6 +93,7 @@ class Submission:
     traceparent: str
     deadline_ms: int
     uncached_tokens: int | None = None
+    predicted_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,10 @@ class SequenceStart:
 
 
 class PrefillPort(Protocol):
+    @property
+    def is_silent(self) -> bool:
+        """The worker has not reported its load for longer than it would if it were well."""
+
     async def prefill(self, order: PrefillOrder, timeout_s: float, headers: Mapping[str, str]) -> PrefillAnswer:
         """Raises the `OmniError` the worker answered; cancelling aborts the prefill."""
 

@@ -2,7 +2,8 @@
 
 There is room while some worker's predicted backlog ends within the look-ahead, and a decode worker has a seat. So
 engines' own queues stay as short as the look-ahead, and a request's turn, worker and company are decided as late as
-possible: at the predicted end of what the worker computes now.
+possible: at the predicted end of what the worker computes now. Prompts that together fill but a small part of a step
+need not wait for each other: engines compute them at once.
 """
 
 import math
@@ -11,7 +12,10 @@ import numpy as np
 
 from omni_proxy.fleet import Fleet
 from omni_proxy.flow.ticket import Ticket
-from omni_proxy.scheduling.view import FleetView, Rows
+from omni_proxy.scheduling.view import Bools, FleetView, Rows
+
+_STEP_SHARE = 0.25
+"""Of the tokens of a step that prompts may fill together without waiting for each other."""
 
 
 class FleetRoom:
@@ -27,13 +31,22 @@ class FleetRoom:
         now_s, deciding = self._fleet.now(), slots[decodes]
         uncached = np.full(len(deciding), ticket.prompt_tokens)
         times = self._fleet.times.of(deciding, now_s, ticket.prompt_tokens, ticket.output_tokens, uncached)
-        wait_ms = max(float(self._fleet.times.backlog_ms(self._computing(), now_s).min()), float(times.seat_ms.min()))
+        backlog_ms = self._fleet.times.backlog_ms(self._computing(), now_s)
+        backlog_ms[self._fits_a_step(ticket)] = 0.0
+        wait_ms = max(float(backlog_ms.min()), float(times.seat_ms.min()))
         return max(0.0, wait_ms - self.lookahead_ms)
 
     def drain_ms(self) -> float:
         """Until the least loaded worker has computed what was sent to it; inf where there is none."""
         slots = self._computing()
         return float(self._fleet.times.backlog_ms(slots, self._fleet.now()).min()) if len(slots) else math.inf
+
+    def _fits_a_step(self, ticket: Ticket) -> Bools:
+        """Where the prompt and those ahead of it are a small part of one step."""
+        slots, columns = self._computing(), self._fleet.columns
+        tokens = columns.own_uncached_tokens[slots] + columns.others_uncached_tokens[slots] + ticket.uncached_tokens
+        fits: Bools = tokens <= _STEP_SHARE * self._fleet.times.most_batched(slots)
+        return fits
 
     def _computing(self) -> Rows:
         slots, prefills, decodes = self._fleet.usable_slots()

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+from omni_proxy.explain import Explanations
 from omni_proxy.fleet import Fleet
 from omni_proxy.flow.gate import FlowGate
+from omni_proxy.hedging import Hedging, HedgingSettings
 from omni_proxy.metrics import Metrics
+from omni_proxy.phases import Phase
 from omni_proxy.ports import FinishReason, LogprobRow
 from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.sampling import Sampling
@@ -59,6 +62,8 @@ class Scheduler:
     lengths: OutputLengths
     gate: FlowGate | None = None
     proxy_id: str = ""
+    explanations: Explanations = field(default_factory=Explanations)
+    hedging: Hedging = field(default_factory=lambda: Hedging(HedgingSettings.model_validate({})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +99,69 @@ class SequenceRecord:
     decisions: list[Decision] = field(default_factory=list)
     """In the order taken; the first that computed the prompt made the prediction."""
     held_ms: float = 0.0
+    schedule_ms: float = 0.0
     predicted_ttft_ms: float = 0.0
     first_token_source: str = ""
     queue_ms: float = 0.0
+    prefill_ms: float = 0.0
     transfer_ms: float = 0.0
     fell_back: bool = False
     retries: int = 0
     resumes: int = 0
+    is_hedged: bool = False
+    is_resume_exact: bool = True
+    """What followed a resumption is what an undisturbed run would have said, as far as engines compute alike."""
+    first_token_ms: float | None = None
+    """Since the request's arrival; `ended_ms` too."""
+    ended_ms: float | None = None
+    output_tokens: int = 0
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        self.decisions.append(decision)
+        self.schedule_ms += seconds * 1e3
+
+    def ended(self, ms: float, output_tokens: int) -> None:
+        self.ended_ms, self.output_tokens = ms, output_tokens
+
+    @property
+    def decode_ms(self) -> float | None:
+        """From the first token to the end; None until there."""
+        if self.first_token_ms is None or self.ended_ms is None:
+            return None
+        return self.ended_ms - self.first_token_ms
+
+    def phases(self) -> dict[Phase, float]:
+        """Seconds of what took place. A pull that fell back has moved nothing."""
+        if not self.decisions:
+            return {}
+        ms: dict[Phase, float | None] = {Phase.HOLD: self.held_ms, Phase.SCHEDULE: self.schedule_ms}
+        if self.first_token_ms is not None:
+            ms |= {Phase.QUEUE: self.queue_ms, Phase.PREFILL: self.prefill_ms, Phase.FIRST_TOKEN: self.first_token_ms}
+            ms |= {Phase.TRANSFER: self.transfer_ms or None, Phase.DECODE: self.decode_ms}
+        return {phase: value / 1e3 for phase, value in ms.items() if value is not None}
+
+    def seen(self) -> dict[str, Any]:
+        """What came, by the names of what was predicted; like that, `ttft_ms` leaves out the hold."""
+        steps = self.output_tokens - 1
+        return {
+            "held_ms": round(self.held_ms, 3),
+            "schedule_ms": round(self.schedule_ms, 3),
+            "queue_ms": round(self.queue_ms, 3),
+            "prefill_ms": round(self.prefill_ms, 3),
+            "transfer_ms": round(self.transfer_ms, 3),
+            "ttft_ms": None if self.first_token_ms is None else round(self.first_token_ms - self.held_ms, 3),
+            "first_token_ms": None if self.first_token_ms is None else round(self.first_token_ms, 3),
+            "step_ms": None if self.decode_ms is None or steps < 1 else round(self.decode_ms / steps, 3),
+            "first_token_source": self.first_token_source,
+            "prefill_worker": self.prefill_worker,
+            "decode_worker": self.decode_worker,
+            "cached_tokens": self.cached_tokens,
+            "predicted_cached_tokens": self.predicted_cached_tokens,
+            "output_tokens": self.output_tokens,
+            "fell_back": self.fell_back,
+            "retries": self.retries,
+            "resumes": self.resumes,
+        }
 
     def attributes(self) -> dict[str, Attribute]:
         return {
@@ -117,4 +178,6 @@ class SequenceRecord:
             "omni.pull_fell_back": self.fell_back,
             "omni.retries": self.retries,
             "omni.resumes": self.resumes,
+            "omni.hedged": self.is_hedged,
+            "omni.resume_exact": self.is_resume_exact,
         }

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
+_LAST_CALL_S = 0.5
+"""How long those who connected just before the end have to send their request, which is refused with a reason."""
 
 
 class _Server(uvicorn.Server):
@@ -41,6 +44,9 @@ async def serve(settings: Settings) -> None:
     telemetry = set_up(settings, f"{settings.host}:{settings.port}", __version__)
     try:
         async with running(settings, telemetry.registry, trace.get_tracer("omni.proxy")) as proxy:
+            # What lives until the end is not looked at again: a full collection of it would hold up every stream.
+            gc.collect()
+            gc.freeze()
             server = _Server(_config(settings, proxy.app))
             stopper = asyncio.create_task(_stop_on_signal(server, proxy.admission, settings.drain_timeout_s))
             try:
@@ -73,7 +79,7 @@ def _config(settings: Settings, app: object) -> uvicorn.Config:
 
 
 async def _stop_on_signal(server: uvicorn.Server, admission: Admission, drain_timeout_s: float) -> None:
-    """First signal: refuse new requests, finish the running ones. Second signal: stop at once."""
+    """First signal: refuse new requests, finish the running ones, then stop listening. Second signal: stop at once."""
     stop, now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -87,6 +93,9 @@ async def _stop_on_signal(server: uvicorn.Server, admission: Admission, drain_ti
     admission.is_draining = True
     waits = [asyncio.ensure_future(admission.drained()), asyncio.ensure_future(now.wait())]
     await asyncio.wait(waits, timeout=drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for listener in server.servers:
+        listener.close()
+    await asyncio.wait(waits[1:], timeout=_LAST_CALL_S)
     for wait in waits:
         wait.cancel()
     server.should_exit = True

@@ -19,8 +19,10 @@ from omni_common.errors import OmniError, Unavailable, error_of
 from omni_common.rpc_errors import from_rpc_error
 from omni_proxy.backoff import Backoff
 from omni_proxy.feed import End, Feed
+from omni_proxy.health import STALLED
 from omni_proxy.metrics import Metrics
 from omni_proxy.ports import FinishReason, Submission
+from omni_proxy.stalls import StallWatch
 from omni_proxy.wire import finish_from_wire, logprobs_from_wire, start_from_wire, submit_to_wire
 
 log = logging.getLogger(__name__)
@@ -41,12 +43,14 @@ class DecodeSession:
         connect_timeout_s: float,
         metrics: Metrics,
         on_change: Callable[[], None],
+        watch: StallWatch,
     ) -> None:
         self._stub: Any = decode_service_pb2_grpc.DecodeServiceStub(channel)  # type: ignore[no-untyped-call]
         self._proxy_id = proxy_id
         self._connect_timeout_s = connect_timeout_s
         self._metrics = metrics
         self._on_change = on_change
+        self._watch = watch
         self._feeds: dict[int, Feed] = {}
         self._ids = itertools.count(1)
         self._outbox: deque[pb.SessionRequest] = deque()
@@ -62,6 +66,23 @@ class DecodeSession:
     def ready(self) -> bool:
         return self._is_ready
 
+    @property
+    def is_owed(self) -> bool:
+        """Sequences run on it."""
+        return bool(self._feeds)
+
+    def abandon(self) -> None:
+        """The worker has gone quiet: its sequences end here, and there once it hears of it."""
+        feeds, self._feeds = self._feeds, {}
+        if not feeds:
+            return
+        self._idle.set()
+        self._metrics.aborts.inc(len(feeds))
+        self._send(pb.SessionRequest(abort=pb.Abort(stream_ids=list(feeds))))
+        error = Unavailable("the decode worker has gone quiet", reason=STALLED)
+        for feed in feeds.values():
+            feed.finish(End(error=error))
+
     async def wait_idle(self) -> None:
         """Until no sequence is on the session."""
         await self._idle.wait()
@@ -72,6 +93,7 @@ class DecodeSession:
         feed = Feed(next(self._ids))
         self._feeds[feed.stream_id] = feed
         self._idle.clear()
+        self._watch.owes(submission.predicted_ms / 1e3)
         self._send(pb.SessionRequest(submit=submit_to_wire(feed.stream_id, submission)))
         return feed
 
@@ -167,7 +189,7 @@ class DecodeSession:
         for finish in frame.finishes:
             # The last tokens are the writer's: whether the very last is text depends on why the sequence ended.
             if (feed := feeds.get(finish.stream_id)) is not None:
-                feed.divert(None, [])
+                feed.show = None
         if frame.counts:
             self._push_runs(frame)
         else:
@@ -179,6 +201,7 @@ class DecodeSession:
         if frame.frame - self._acked >= self._ack_every:
             self._acked = frame.frame
             self._send(pb.SessionRequest(ack=pb.Ack(frame=frame.frame)))
+        self._watch.came()
         now = asyncio.get_running_loop().time()
         if self._last_frame_at is not None and was_busy:
             self._metrics.frame_gap.observe(now - self._last_frame_at)

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from omni_common.settings import ServiceSettings
+from omni_proxy.health import HealthSettings
+from omni_proxy.hedging import HedgingSettings
 from omni_proxy.scheduling.policies import policies
 
 
@@ -26,6 +28,9 @@ class Settings(ServiceSettings):
     )
     workers: tuple[str, ...] = Field((), description="host:port of workers that are always members")
 
+    scheduler_config: Path | None = Field(
+        None, description="YAML file of policy, queue, tenants, ...; read again when it changes"
+    )
     policy: str = "cost"
     disaggregate_min_tokens: int = Field(0, ge=0, description="Uncached prompt tokens from which prefill is apart")
     index_blocks: int = Field(4_194_304, ge=1, description="Blocks the prefix index holds; the least used go first")
@@ -38,6 +43,8 @@ class Settings(ServiceSettings):
     disk_ms_per_block: float = Field(0.7, ge=0, description="Loading a block from the worker's own disk")
     remote_ms_per_block: float = Field(1.4, ge=0, description="Loading a block the worker keeps elsewhere")
 
+    health: HealthSettings = Field(HealthSettings.model_validate({}), description="When a sick worker is left alone, and how it returns")
+    hedging: HedgingSettings = Field(HedgingSettings.model_validate({}), description="Second prefills beside those that take too long")
     request_timeout_s: float = Field(600.0, gt=0)
     resume_timeout_s: float = Field(
         10.0, ge=0, description="How long a sequence waits for a decode worker to resume on"
@@ -46,7 +53,7 @@ class Settings(ServiceSettings):
     max_attempts: int = Field(4, ge=1, description="Legs of one kind a sequence may try")
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1)
     body_timeout_s: float = Field(30.0, gt=0, description="Limit of receiving a request body")
-    max_inflight: int = Field(1024, ge=1, description="Sequences in flight; more are answered 429")
+    max_inflight: int = Field(8192, ge=1, description="Sequences held back and in flight; more are answered 429")
     max_sequences_per_request: int = Field(128, ge=1, description="prompts x n of one request")
     stats_interval_ms: int = Field(50, ge=1)
 

@@ -5,12 +5,18 @@ from dataclasses import asdict, dataclass
 
 import orjson
 from fastapi import Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 
+from omni_common.errors import NotFound
 from omni_proxy.admission import Admission
+from omni_proxy.bodies import query_limit
+from omni_proxy.explain import Explanations
 from omni_proxy.fleet import Fleet, Member, Role
 from omni_proxy.membership import KvStoreMembership
 from omni_proxy.metrics import Metrics
+from omni_proxy.saturation import Saturation
+
+_LATEST_DECISIONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,8 @@ class StatusPages:
     metrics_of: Metrics
     kvstore: KvStoreMembership | None
     model: str
+    explanations: Explanations
+    load: Saturation
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})
@@ -37,18 +45,43 @@ class StatusPages:
         return _json({"ready": is_ready, "parts": parts}, 200 if is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:
+        """In OpenMetrics, which has exemplars, for scrapers that accept it."""
         usable = [m for m in self.fleet.members if self._refusal(m) is None]
         for role in Role:
             self.metrics_of.workers.labels(role).set(sum(m.worker.role is role for m in usable))
         if self.kvstore is not None and (age := self.kvstore.age_s) is not None:
             self.metrics_of.membership_age.set(age)
+        for state, count in self.fleet.health.counts(self.fleet.now()).items():
+            self.metrics_of.health.workers.labels(state).set(count)
         self.fleet.replica.observe()
-        return Response(generate_latest(self.metrics_of.registry), media_type=CONTENT_TYPE_LATEST)
+        for model, confidence in self.fleet.times.confidence().items():
+            self.metrics_of.prediction_confidence.labels(model).set(confidence)
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self.metrics_of.registry), headers={"content-type": content_type})
 
     async def workers(self, request: Request) -> Response:
         return _json({"model": self.model, "kvstore": self._kvstore(), "workers": self._workers(self.fleet.members)})
 
+    async def saturation(self, request: Request) -> Response:
+        """How full each role is, for autoscalers."""
+        return _json(self.load.to_json())
+
+    async def decisions(self, request: Request) -> Response:
+        """The latest requests, newest first, without candidates."""
+        limit = query_limit(request, _LATEST_DECISIONS)
+        return _json({"decisions": [one.summary() for one in self.explanations.latest(limit)]})
+
+    async def decision(self, request: Request) -> Response:
+        """Every decision about one request with all its candidates, or the best `limit` of each leg."""
+        request_id = request.path_params["request_id"]
+        found = self.explanations.get(request_id)
+        if found is None:
+            raise NotFound(f"no decision is known of the request {request_id!r}", reason="request_not_found")
+        limit = query_limit(request, 0)
+        return _json(found.to_json(limit or None))
+
     def _workers(self, members: Sequence[Member]) -> list[dict[str, object]]:
+        saturation = self.load.workers()
         return [
             {
                 **asdict(m.worker),
@@ -56,6 +89,7 @@ class StatusPages:
                 "refusal": self._refusal(m),
                 "load": asdict(m.load),
                 "in_flight": asdict(self.fleet.ledger.of(m.worker.id)),
+                "saturation": saturation.get(m.worker.id),
             }
             for m in members
         ]
@@ -63,7 +97,7 @@ class StatusPages:
     def _refusal(self, member: Member) -> str | None:
         if member.worker.model != self.model:
             return f"serves {member.worker.model}"
-        return member.refusal
+        return self.fleet.refusal(member)
 
     def _kvstore(self) -> dict[str, object]:
         if self.kvstore is None:

@@ -23,6 +23,8 @@ from omni_proxy.flow.ticket import OUTPUT_WEIGHT, Ticket
 
 _RECHECK_S = 0.05
 """Longest time a prediction is believed: what is stale or wrong corrects itself so soon."""
+_NO_WAIT_MS = 0.05
+"""So short a wait is none: a timer is not that exact."""
 _SLO_MARGIN_S = 0.005
 """So long before its latest start a head is released anyway."""
 _NO_WORKER_RETRY_S = 1.0
@@ -92,7 +94,7 @@ class FlowGate:
             DeadlineExceeded: the request's own time is over.
         """
         now = self._timers.time()
-        if not self._queue and self._soon is None and (reason := self._reason_at_once(ticket)) is not None:
+        if not self._queue and self._soon is None and (reason := self._reason_at_once(ticket, now)) is not None:
             self._queue.pass_by(ticket, now)
             return self._turn(ticket, now, reason)
         self._enqueue(ticket, now)
@@ -119,25 +121,32 @@ class FlowGate:
 
     def reconfigure(self, settings: FlowSettings) -> None:
         """Go on with other bands, orders and bounds; whoever waits keeps waiting."""
+        if settings == self._queue.settings:
+            return
         self._queue.reconfigure(settings, self._timers.time())
         self._watch()
         self.poke()
+
+    @property
+    def waiting_ms(self) -> float:
+        """Predicted milliseconds of computing that the waiting prompts need."""
+        return sum(ticket.prefill_ms for ticket in self._waiting)
 
     def predicted_wait_ms(self, ticket: Ticket) -> float:
         """Until a new ticket's prompt would begin: those before it at the pace seen, then the work in flight."""
         drain_ms = _finite(self._room.drain_ms())
         return self._pace.gap_ms(ticket.prefill_ms) * self._queue.ahead_of(ticket) + drain_ms
 
-    def _reason_at_once(self, ticket: Ticket) -> Release | None:
+    def _reason_at_once(self, ticket: Ticket, now: float) -> Release | None:
         room_ms = self._room.room_in_ms(ticket)
+        self._note_workers(room_ms, now)
         if math.isnan(room_ms):
             return Release.NO_PREDICTION
-        if room_ms > 0 or self._held_back_ms(ticket) > 0:
+        if room_ms > _NO_WAIT_MS or self._held_back_ms(ticket) > _NO_WAIT_MS:
             return None
         return Release.ROOM
 
     def _enqueue(self, ticket: Ticket, now: float) -> None:
-        self._note_workers(self._room.room_in_ms(ticket), now)
         if now >= self._no_worker_s + self._queue.settings.worker_wait_ms / 1e3:
             raise self._no_worker()
         self._shed_hopeless(ticket)
@@ -164,7 +173,10 @@ class FlowGate:
 
     def _pass(self) -> None:
         """Release at most one request, and see to it that there is a next look while any waits."""
-        self._soon = None
+        if self._soon is not None:
+            # A timer and a poke in one pass of the loop are one look: a second one would be blind to the first's.
+            self._soon.cancel()
+            self._soon = None
         is_boundary = self._timers.time() >= self._boundary_s
         self._stop_timer()
         now = self._timers.time()
@@ -205,12 +217,13 @@ class FlowGate:
         """Why the head goes now, or None."""
         if math.isnan(wait_ms):
             return Release.NO_PREDICTION
-        if wait_ms <= 0:
+        if wait_ms <= _NO_WAIT_MS:
             self._is_ahead = False
             return Release.BOUNDARY if is_boundary else Release.ROOM
         if math.isinf(wait_ms):
             return None
         if now >= self._progress_s + self._max_hold_s:
+            self._is_ahead = False
             return Release.MAX_HOLD
         if not self._is_ahead and head.latest_start_s - _SLO_MARGIN_S <= now <= head.latest_start_s:
             self._is_ahead = True

@@ -35,6 +35,9 @@ class FlowMetrics:
         )
         self._releases = Counter("omni_proxy_flow_releases", "Requests let go", ["reason"], registry=registry)
         self.releases = {reason: self._releases.labels(reason) for reason in Release}
+        self.refusals = Counter(
+            "omni_proxy_tenant_refusals", "Above a rate or quota", ["tenant", "reason"], registry=registry
+        )
         self.dropped = Counter("omni_proxy_dropped", "Requests refused for want of room", ["reason"], registry=registry)
 
     def watch(

@@ -8,9 +8,11 @@ after: while workers have nothing to do it is nothing; the longer the shortest q
 worker's cache would save. So requests stick to their prefix as far as it pays, and no further.
 
 Ways that would break the inter-token SLO, of this sequence or of those already running on the worker, are taken only
-where there is no other. Beside prefill workers, a decode worker computes a prompt only where no step gets longer by it
-than the SLO allows, and only once the times of prompts are learned rather than believed.
+where there is no other. Beside prefill workers, a decode worker computes a prompt only where it does not hold up the others
+there for longer than the SLO allows, and only once the times of prompts are learned rather than believed.
 """
+
+from dataclasses import replace
 
 import numpy as np
 from pydantic import Field
@@ -18,7 +20,7 @@ from pydantic import Field
 from omni_proxy.scheduling.decision import Decision, LegCosts, Prediction, Reason, eligible
 from omni_proxy.scheduling.plugins import Parameters
 from omni_proxy.scheduling.request import SchedulingRequest
-from omni_proxy.scheduling.view import FleetView, Floats, Rows
+from omni_proxy.scheduling.view import Bools, FleetView, Floats, Rows
 
 _BREAKS_SLO_MS = 1e9
 """Sorts what breaks the SLO behind what keeps it, each by its cost."""
@@ -29,7 +31,10 @@ class CostParameters(Parameters):
     price_per_ms: float = Field(0.0, ge=0, description="Growth of the price of work with the shortest queue, per ms")
     max_price: float = Field(4.0, ge=0, description="Most that a millisecond of computing may cost, in milliseconds")
     stall_steps: float = Field(
-        3.0, ge=1, description="Without an ITL SLO a step with a prompt in it may last so many ordinary ones"
+        3.0, ge=1, description="A step with a prompt in it may last so many times the ITL SLO, or so many ordinary steps"
+    )
+    stall_tokens: float = Field(
+        64.0, ge=1, description="The ITL SLO is of the mean of so many gaps, over which a prompt beside them is spread"
     )
     min_confidence: float = Field(
         0.5, ge=0, le=1, description="Of the prompts' times, for a decode worker to compute one beside prefill workers"
@@ -54,13 +59,13 @@ class CostPolicy:
         if not request.may_prefill:
             return self._continued(request, view, decodes, decode_ms, keeps_itl)
         first_ms = view.times.queue_ms + view.load_ms + view.times.prefill_ms
-        price = self._price(view, prefills if len(prefills) else decodes)
+        price = self._price(request, view, prefills if len(prefills) else decodes)
         work_ms = price * view.times.prefill_ms
         alone = self._alone(request, view, decodes, first_ms + work_ms, decode_ms, keeps_itl)
         pair = self._pair(request, view, prefills, decodes, first_ms + work_ms, decode_ms, keeps_itl)
         best_alone = int(np.argmin(alone.value))
         least = self._parameters.disaggregate_min_tokens
-        is_short = least is None or request.prompt_tokens - int(view.cached_tokens[decodes[best_alone]]) < least
+        is_short = least is None or int(view.uncached_tokens(request)[decodes[best_alone]]) < least
         if pair is None or is_short:
             reason = Reason.NO_PREFILL if not len(prefills) else Reason.SHORT if is_short else Reason.NO_CONNECTOR
             return self._decided(view, request, None, int(decodes[best_alone]), reason, alone=alone)
@@ -79,18 +84,16 @@ class CostPolicy:
             return cost, np.zeros(len(decodes))
         return cost, np.where(step_ms > slo_ms, _BREAKS_SLO_MS, 0.0)
 
-    def _price(self, view: FleetView, rows: Rows) -> float:
+    def _price(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> float:
         """Of a millisecond of computing, in milliseconds of others' waiting."""
-        shortest_ms = float(view.times.queue_ms[rows].min())
-        return min(self._parameters.max_price, self._parameters.price_per_ms * shortest_ms)
+        wait_ms = request.waited_ms + float(view.times.queue_ms[rows].min())
+        return min(self._parameters.max_price, self._parameters.price_per_ms * wait_ms)
 
     def _alone(
         self, request: SchedulingRequest, view: FleetView, decodes: Rows, first: Floats, decode: Floats, penalty: Floats
     ) -> LegCosts:
         times = view.times
-        slo_ms = request.slo.itl_ms
-        allowed_ms = self._parameters.stall_steps * times.step_ms[decodes] if slo_ms is None else slo_ms
-        stalls = np.where(times.stall_ms[decodes] > allowed_ms, _BREAKS_SLO_MS, 0.0)
+        stalls = np.where(self._stalls(request, view, decodes), _BREAKS_SLO_MS, 0.0)
         if times.confidence.max(initial=0.0) < self._parameters.min_confidence:
             stalls[:] = _BREAKS_SLO_MS
         return LegCosts(
@@ -105,6 +108,15 @@ class CostPolicy:
                 "stall_ms": times.stall_ms[decodes],
             },
         )
+
+    def _stalls(self, request: SchedulingRequest, view: FleetView, decodes: Rows) -> Bools:
+        """Where computing the prompt would hold up the sequences that run, or begin meanwhile, for too long."""
+        times, parameters, slo_ms = view.times, self._parameters, request.slo.itl_ms
+        step_ms, stall_ms = times.step_ms[decodes], times.stall_ms[decodes]
+        if slo_ms is None:
+            return stall_ms > parameters.stall_steps * step_ms
+        mean_ms = step_ms + times.prefill_ms[decodes] / parameters.stall_tokens
+        return (mean_ms > slo_ms) | (stall_ms > parameters.stall_steps * slo_ms)
 
     def _pair(
         self,
@@ -162,19 +174,23 @@ class CostPolicy:
         holder = view.ids.index(request.held_by) if request.held_by in view.ids else None
         first = times.queue_ms[decodes] + view.load_ms[decodes] + times.prefill_ms[decodes]
         terms = {"seat_ms": times.seat_ms[decodes], "step_ms": times.step_ms[decodes]}
+        transfer, pulls = np.zeros(len(decodes)), np.full(len(decodes), bool(request.kv_connector))
         if holder is not None:
             from_there = np.array([holder])
             transfer = times.transfer_ms(from_there, decodes)[0]
             pulls = view.can_pair(from_there, decodes)[0]
             terms = {"transfer_ms": np.where(pulls, transfer, 0.0), "first_ms": np.where(pulls, 0.0, first), **terms}
-            first = np.where(pulls, transfer, first)
         elif not request.kv_connector:
             terms = {"first_ms": first, **terms}
-        else:
-            first = np.zeros(len(decodes))
-        costs = LegCosts(decodes, first + decode + penalty, terms)
-        row = int(decodes[np.argmin(costs.value)])
-        return self._decided(view, request, None, row, Reason.CONTINUED, second=costs)
+        costs = LegCosts(decodes, np.where(pulls, transfer, first) + decode + penalty, terms)
+        best = int(np.argmin(costs.value))
+        decision = self._decided(view, request, None, int(decodes[best]), Reason.CONTINUED, second=costs)
+        if not pulls[best]:
+            return decision
+        # Nothing is computed: what comes before the next token is a seat and the blocks.
+        wait_ms, moving_ms = float(times.seat_ms[decodes[best]]), float(transfer[best])
+        foreseen = replace(decision.prediction, queue_ms=wait_ms, prefill_ms=0.0, transfer_ms=moving_ms)
+        return replace(decision, prediction=foreseen)
 
     def _decided(
         self,

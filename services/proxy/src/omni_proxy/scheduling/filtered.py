@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from omni_common.errors import InvalidRequest, Unavailable
-from omni_proxy.scheduling.decision import RETRY_AFTER_S, Decision
+from omni_proxy.scheduling.decision import RETRY_AFTER_S, Decision, eligible
 from omni_proxy.scheduling.filters import filters
 from omni_proxy.scheduling.interfaces import Filter, Policy
 from omni_proxy.scheduling.plugins import Parameters, named
 from omni_proxy.scheduling.request import SchedulingRequest
-from omni_proxy.scheduling.view import Bools, FleetView
+from omni_proxy.scheduling.view import Bools, FleetView, Rows
 
 
 class FilterUse(Parameters):
@@ -38,14 +37,33 @@ class Step:
     legs: Literal["both", "prefill", "decode"] = "both"
     required: bool = False
 
-    def narrowed(self, request: SchedulingRequest, view: FleetView, allowed: Bools) -> FleetView:
+    def narrowed(self, request: SchedulingRequest, view: FleetView) -> FleetView:
+        """The view without those the filter does not keep.
+
+        Raises:
+            Unavailable: no decode worker takes work, or none is left.
+        """
+        prefills, decodes = eligible(request, view)
         keep = self.filter.keep(request, view)
-        prefills, decodes = view.prefills, view.decodes
-        if self.legs != "decode" and (self.required or (prefills & keep & allowed).any()):
-            prefills = prefills & keep
-        if self.legs != "prefill" and (self.required or (decodes & keep & allowed).any()):
-            decodes = decodes & keep
-        return replace(view, prefills=prefills, decodes=decodes)
+        narrowed = replace(
+            view,
+            prefills=self._kept("prefill", view.prefills, keep, prefills),
+            decodes=self._kept("decode", view.decodes, keep, decodes),
+        )
+        if self.required:
+            self._require(request, narrowed)
+        return narrowed
+
+    def _kept(self, leg: str, mask: Bools, keep: Bools, candidates: Rows) -> Bools:
+        is_filtered = self.legs in {"both", leg} and (self.required or keep[candidates].any())
+        return mask & keep if is_filtered else mask
+
+    def _require(self, request: SchedulingRequest, view: FleetView) -> None:
+        try:
+            eligible(request, view)
+        except Unavailable as nobody:
+            message = f"the filter {self.name} left no decode worker"
+            raise Unavailable(message, reason="filtered_out", retry_after_s=RETRY_AFTER_S) from nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +83,8 @@ class Filtered:
         return cls(policy, tuple(_step(use) for use in _read(uses)))
 
     def choose(self, request: SchedulingRequest, view: FleetView) -> Decision:
-        allowed = np.ones(len(view), np.bool_)
-        if request.excluded:
-            allowed = np.array([worker not in request.excluded for worker in view.ids], np.bool_)
         for step in self.steps:
-            could_decode = (view.decodes & allowed).any()
-            view = step.narrowed(request, view, allowed)
-            if could_decode and not (view.decodes & allowed).any():
-                message = f"the filter {step.name} left no decode worker"
-                raise Unavailable(message, reason="filtered_out", retry_after_s=RETRY_AFTER_S)
+            view = step.narrowed(request, view)
         return self.policy.choose(request, view)
 
 

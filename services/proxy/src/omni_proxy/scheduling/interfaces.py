@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.request import SchedulingRequest
-from omni_proxy.scheduling.view import Bools, FleetView, Floats
+from omni_proxy.scheduling.view import Bools, FleetView, Floats, Ints, Rows
 
 
 class Filter(Protocol):
@@ -34,6 +34,37 @@ class Policy(Protocol):
         Raises:
             Unavailable: no decode worker takes work.
         """
+
+
+class Predictor(Protocol):
+    """Times of one kind: row by row, each the product of coefficients that it learns and features that it is told.
+
+    Features and times are never negative. A row is a worker or a pair of workers.
+    """
+
+    def add(self, prior: Floats) -> int:
+        """A row that starts from these coefficients, in milliseconds per unit of each feature."""
+
+    def remove(self, row: int) -> None:
+        """The next `add` may give the same number to another."""
+
+    def restart(self, row: int) -> None:
+        """The engine behind the row is a new one: what is known becomes its prior."""
+
+    def milliseconds(self, rows: Rows | Ints, features: Floats) -> Floats:
+        """What features[i] are predicted to take on rows[i]; finite and never negative."""
+
+    def observe(self, row: int, features: Floats, seen_ms: float) -> float:
+        """Learns from one time; the milliseconds predicted before. What cannot be a time teaches nothing."""
+
+    def confidence(self, rows: Rows | Ints) -> Floats:
+        """[0, 1]; 0: the prior alone."""
+
+    def counts(self, rows: Rows | Ints) -> Ints:
+        """Observations since the row was added or restarted."""
+
+    def typical(self, rows: Rows | Ints) -> Floats:
+        """Coefficients that stand for those rows: the prior of a newcomer of their kind. There is at least one row."""
 
 
 @runtime_checkable

@@ -154,7 +154,7 @@ class NoHitLru:
         return np.array([1.0 - places.get(worker, 0) / (len(places) + 1) for worker in view.ids], np.float64)
 
     def chosen(self, request: SchedulingRequest, view: FleetView, decision: Decision) -> None:
-        if _is_warm(view):
+        if _is_warm(view) or not request.may_prefill:
             return
         worker = decision.prefill or decision.decode
         self._last[worker] = None

@@ -9,13 +9,15 @@ own: whatever the worker's batching, in a queue served in order the sum of the w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from omni_proxy.scheduling.columns import Columns
+from omni_proxy.scheduling.interfaces import Predictor
 from omni_proxy.scheduling.linear import LinearModel
+from omni_proxy.scheduling.predictors import MakePredictor
 from omni_proxy.scheduling.view import Floats, Ints, Rows
 
 _STEP_BACKGROUND = 0.1
@@ -58,8 +60,8 @@ class _Known:
     capacity: Capacity
     prompt: int
     step: int
-    pairs: dict[int, int] = field(default_factory=dict)
-    """Rows of the transfer model by the decode worker's slot."""
+    is_seen: bool = False
+    """Prompts of it were, in an earlier epoch perhaps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +80,20 @@ class Seen:
 class WorkerTimes:
     """Owns the models; workers are named by their slot in the columns."""
 
-    def __init__(self, columns: Columns, priors: Priors | None = None) -> None:
+    def __init__(self, columns: Columns, priors: Priors | None = None, make: MakePredictor = LinearModel) -> None:
         self._columns = columns
         self._priors = priors or Priors()
-        self._prompt = LinearModel(3)
-        self._step = LinearModel(4)
-        self._transfer = LinearModel(2)
+        self._prompt = make(3)
+        self._step = make(4)
+        self._transfer = make(2)
         self._known: dict[int, _Known] = {}
         self._connectors: dict[str, int] = {}
         self._prompt_rows = np.zeros(0, np.int64)
         self._step_rows = np.zeros(0, np.int64)
+        self._pair_rows = np.zeros((0, 0), np.int64)
+        """Of the transfer model, by the slots of prefill and decode; -1: not seen."""
+        self._connector_rows = np.zeros(0, np.int64)
+        """Of the transfer model, for pairs not seen, by the slot of prefill."""
         self._limits = np.zeros((0, 3), np.int64)
         self._background = np.zeros(0)
 
@@ -108,6 +114,7 @@ class WorkerTimes:
         known = self._known[slot]
         self._prompt_rows[slot], self._step_rows[slot] = known.prompt, known.step
         self._limits[slot] = capacity.max_num_seqs, capacity.kv_tokens, capacity.max_batched_tokens
+        self._connector_rows[slot] = self._general(capacity.connector)
         self._background[slot] = 0.0
 
     def leave(self, slot: int) -> None:
@@ -116,11 +123,10 @@ class WorkerTimes:
             return
         self._prompt.remove(known.prompt)
         self._step.remove(known.step)
-        for row in known.pairs.values():
-            self._transfer.remove(row)
-        for other in self._known.values():
-            if (row := other.pairs.pop(slot, -1)) >= 0:
-                self._transfer.remove(row)
+        for rows in (self._pair_rows[slot], self._pair_rows[:, slot]):
+            for row in rows[rows >= 0]:
+                self._transfer.remove(int(row))
+            rows[:] = -1
 
     def work_ahead(self, slot: int, now_s: float) -> Floats:
         """Features of what the worker has to compute before a prompt that is sent now."""
@@ -132,6 +138,7 @@ class WorkerTimes:
         known = self._known.get(slot)
         if known is None:
             return None
+        known.is_seen = True
         seen = Seen(self._prompt.observe(known.prompt, work, seen_ms), seen_ms)
         if self._prompt.counts(np.array([known.prompt]))[0] in _TELLS:
             self._tell(known.capacity.kind)
@@ -143,10 +150,12 @@ class WorkerTimes:
             return None
         general = self._general(known.capacity.connector)
         features = np.array([1.0, tokens / 1e3])
-        if decode not in known.pairs:
-            known.pairs[decode] = self._transfer.add(_prior(self._transfer, [general], self._priors.transfer))
+        row = int(self._pair_rows[prefill, decode])
+        if row < 0:
+            row = self._transfer.add(_prior(self._transfer, [general], self._priors.transfer))
+            self._pair_rows[prefill, decode] = row
         self._transfer.observe(general, features, seen_ms)
-        return Seen(self._transfer.observe(known.pairs[decode], features, seen_ms), seen_ms)
+        return Seen(self._transfer.observe(row, features, seen_ms), seen_ms)
 
     def saw_steps(self, slot: int, batch: float, context_tokens: float, prompt_tokens: float, ms: float) -> Seen | None:
         """The mean of some steps: sequences, their tokens, prompt tokens computed beside them."""
@@ -160,6 +169,16 @@ class WorkerTimes:
     def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Until what is in flight to each worker is computed."""
         return self._prompt.milliseconds(self._prompt_rows[slots], self._remaining(slots, now_s))
+
+    def most_sequences(self, slots: Rows) -> Ints:
+        """Seats of each worker; 0: unknown."""
+        seats: Ints = self._limits[slots, 0]
+        return seats
+
+    def most_batched(self, slots: Rows) -> Ints:
+        """Tokens that each worker computes in one step at most; 0: unknown."""
+        tokens: Ints = self._limits[slots, 2]
+        return tokens
 
     def of(self, slots: Rows, now_s: float, prompt_tokens: int, output_tokens: int, uncached: Ints) -> "RequestTimes":
         """Of one request on each of these workers."""
@@ -187,10 +206,11 @@ class WorkerTimes:
         work: Floats = own * share[:, None]
         others = columns.others_uncached_tokens[slots]
         if others.any():
-            prefills = columns.others_prefills[slots]
-            work[:, 0] += prefills
+            # A prompt that decode computes alone is told by its tokens only.
+            prompts = np.maximum(columns.others_prefills[slots], others > 0)
+            work[:, 0] += prompts
             work[:, 1] += others
-            work[:, 2] += others * (others / np.maximum(prefills, 1)) / 2e3
+            work[:, 2] += others * (others / np.maximum(prompts, 1)) / 2e3
         return work
 
     def _tell(self, kind: str) -> None:
@@ -198,8 +218,8 @@ class WorkerTimes:
         alike = {slot: k for slot, k in self._known.items() if k.capacity.kind == kind}
         rows = np.array([k.prompt for k in alike.values()])
         typical = self._prompt.typical(rows)
-        for (slot, known), count in zip(alike.items(), self._prompt.counts(rows), strict=True):
-            if not count:
+        for slot, known in alike.items():
+            if not known.is_seen:
                 self._prompt.remove(known.prompt)
                 known.prompt = self._prompt_rows[slot] = self._prompt.add(typical)
 
@@ -210,13 +230,17 @@ class WorkerTimes:
         return row
 
     def _fit(self, slot: int) -> None:
-        missing = slot + 1 - len(self._prompt_rows)
-        if missing > 0:
-            more = max(missing, len(self._prompt_rows))
-            self._prompt_rows = np.concatenate([self._prompt_rows, np.zeros(more, np.int64)])
-            self._step_rows = np.concatenate([self._step_rows, np.zeros(more, np.int64)])
-            self._limits = np.concatenate([self._limits, np.zeros((more, 3), np.int64)])
-            self._background = np.concatenate([self._background, np.zeros(more)])
+        """Room for the slot; at least twice what there was."""
+        size = len(self._prompt_rows)
+        if slot < size:
+            return
+        more = max(slot + 1 - size, size)
+        self._prompt_rows = np.pad(self._prompt_rows, (0, more))
+        self._step_rows = np.pad(self._step_rows, (0, more))
+        self._connector_rows = np.pad(self._connector_rows, (0, more))
+        self._pair_rows = np.pad(self._pair_rows, (0, more), constant_values=-1)
+        self._limits = np.pad(self._limits, ((0, more), (0, 0)))
+        self._background = np.pad(self._background, (0, more))
 
 
 class RequestTimes:
@@ -276,16 +300,13 @@ class RequestTimes:
         return self._times._prompt.confidence(self._times._prompt_rows[self._slots])
 
     def transfer_ms(self, prefills: Rows, decodes: Rows) -> Floats:
-        times, known = self._times, self._times._known
-        to = [int(slot) for slot in self._slots[decodes]]
-        rows = np.empty((len(prefills), len(to)), np.int64)
-        for i, slot in enumerate(self._slots[prefills].tolist()):
-            pairs, general = known[slot].pairs, times._general(known[slot].capacity.connector)
-            rows[i] = [pairs.get(other, general) for other in to] if pairs else general
-        features = np.empty((rows.size, 2))
-        features[:, 0] = 1.0
-        features[:, 1] = np.tile(self._moved_tokens[decodes] / 1e3, len(prefills))
-        return times._transfer.milliseconds(rows.ravel(), features).reshape(rows.shape)
+        times, holders = self._times, self._slots[prefills]
+        rows = times._pair_rows[holders[:, None], self._slots[decodes]]
+        rows = np.where(rows >= 0, rows, times._connector_rows[holders][:, None])
+        features = np.empty((*rows.shape, 2))
+        features[..., 0] = 1.0
+        features[..., 1] = self._moved_tokens[decodes] / 1e3
+        return times._transfer.milliseconds(rows.ravel(), features.reshape(-1, 2)).reshape(rows.shape)
 
     @property
     def _moved_tokens(self) -> Ints:
@@ -300,7 +321,7 @@ class RequestTimes:
         return self._times._prompt.milliseconds(self._times._prompt_rows[self._slots], features)
 
 
-def _prior(model: LinearModel, alike: Sequence[int], fallback: Sequence[float]) -> Floats:
+def _prior(model: Predictor, alike: Sequence[int], fallback: Sequence[float]) -> Floats:
     if alike and (model.confidence(np.array(alike)) > 0).any():
         return model.typical(np.array(alike))
     return np.array(fallback, np.float64)

@@ -50,6 +50,28 @@ class Times(Protocol):
         """Moving the prompt's blocks between each pair; prefills x decodes."""
 
 
+class Pairing:
+    """Which workers can hand over blocks to which. Constant while the same workers take work, so shared by views.
+
+    `connectors` are kinds of KV connector: legs pair where they are equal and not empty. `groups` tie workers together:
+    legs pair where they are equal, or where one has none (empty).
+    """
+
+    def __init__(self, connectors: Sequence[str], groups: Sequence[str]) -> None:
+        self.connectors = tuple(connectors)
+        self.groups = tuple(groups)
+        self._can: Bools | None = None
+
+    def can_pair(self, prefills: Rows, decodes: Rows) -> Bools:
+        """Never a worker with itself; prefills x decodes."""
+        if self._can is None:
+            kind, group = _codes(self.connectors), _codes(self.groups)
+            same_kind = (kind[:, None] == kind) & (kind > 0)
+            same_group = (group[:, None] == group) | (group[:, None] == 0) | (group == 0)
+            self._can = same_kind & same_group & ~np.eye(len(kind), dtype=np.bool_)
+        return self._can[prefills[:, None], decodes]
+
+
 @dataclass(frozen=True, slots=True)
 class FleetView:
     """Workers that take work for the model at the moment of a choice.
@@ -63,10 +85,7 @@ class FleetView:
     prefills: Bools
     """Takes the prefill leg of a pair."""
     decodes: Bools
-    connectors: tuple[str, ...]
-    """Kind of KV connector by row; legs pair where equal and not empty."""
-    groups: tuple[str, ...]
-    """Legs pair where equal, or where one has none (empty)."""
+    pairing: Pairing
     labels: tuple[Mapping[str, str], ...]
     cached_tokens: Ints
     expected_tokens: Ints
@@ -111,22 +130,25 @@ class FleetView:
         """Prompt tokens each worker would have to compute or load."""
         return np.maximum(request.prompt_tokens - self.cached_tokens, 0)
 
+    @property
+    def connectors(self) -> tuple[str, ...]:
+        """Kind of KV connector by row; empty: none."""
+        return self.pairing.connectors
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """By row; empty: none."""
+        return self.pairing.groups
+
     def can_pair(self, prefills: Rows, decodes: Rows) -> Bools:
         """Which rows can hand over blocks to which, never a worker to itself; prefills x decodes."""
-        p_kind, d_kind = _codes([self.connectors[i] for i in prefills], [self.connectors[i] for i in decodes])
-        p_group, d_group = _codes([self.groups[i] for i in prefills], [self.groups[i] for i in decodes])
-        same_kind = (p_kind[:, None] == d_kind) & (p_kind[:, None] > 0)
-        same_group = (p_group[:, None] == d_group) | (p_group[:, None] == 0) | (d_group == 0)
-        may: Bools = same_kind & same_group & (prefills[:, None] != decodes)
-        return may
+        return self.pairing.can_pair(prefills, decodes)
 
 
-def _codes(left: Sequence[str], right: Sequence[str]) -> tuple[Ints, Ints]:
+def _codes(words: Sequence[str]) -> Ints:
     """Equal words as equal numbers; 0 is the empty one."""
     known = {"": 0}
-    for word in (*left, *right):
-        known.setdefault(word, len(known))
-    return np.array([known[w] for w in left], np.int64), np.array([known[w] for w in right], np.int64)
+    return np.array([known.setdefault(word, len(known)) for word in words], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +205,7 @@ class WorkerRow:
 
 def view_of(rows: Sequence[WorkerRow], pair_ms: float = 0.0) -> FleetView:
     """A view of hand-made rows; every pair's transfer lasts `pair_ms`."""
-    given = {"ids", "connectors", "groups", "labels", "times"}
+    given = {"ids", "pairing", "labels", "times"}
     kinds: Mapping[str, Any] = {"prefills": np.bool_, "decodes": np.bool_, "load_ms": np.float64}
     kinds = {**kinds, "kv_usage": np.float64, "stats_age_s": np.float64}
 
@@ -194,8 +216,7 @@ def view_of(rows: Sequence[WorkerRow], pair_ms: float = 0.0) -> FleetView:
     times = {f.name: column(f.name, np.float64) for f in fields(FixedTimes) if f.name != "pair_ms"}
     return FleetView(
         ids=tuple(row.worker_id for row in rows),
-        connectors=tuple(row.connector for row in rows),
-        groups=tuple(row.group for row in rows),
+        pairing=Pairing([row.connector for row in rows], [row.group for row in rows]),
         labels=tuple(row.labels for row in rows),
         times=FixedTimes(**times, pair_ms=pair_ms),
         **{name: column(name, kinds.get(name, np.int64)) for name in names},

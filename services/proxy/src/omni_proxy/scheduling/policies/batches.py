@@ -49,10 +49,11 @@ class EarliestBatchParameters(PairParameters):
     max_sequences: int = Field(
         32, ge=1, description="Sequences of a full decode batch, where the worker does not say its own"
     )
+    learned: bool = Field(True, description="Take times from the predictors once they have learned; false: the table")
     batch_ms: tuple[float, ...] = Field(
-        (220.0, 280.0, 330.0, 380.0), min_length=1, description="A batch of 1, 2, ... prompts, until times are learned"
+        (220.0, 280.0, 330.0, 380.0), min_length=1, description="The table: a batch of 1, 2, ... prompts"
     )
-    further_ms: float = Field(50.0, ge=0, description="Each further prompt of a batch, until times are learned")
+    further_ms: float = Field(50.0, ge=0, description="The table: each further prompt of a batch")
 
 
 def earliest_batch(parameters: EarliestBatchParameters) -> ByLeg:
@@ -66,7 +67,8 @@ class EarliestBatch:
 
     With q prompts there and a batch of b lasting T(b), Omni Proxy's figure is the rest of the batch being computed
     + T(q + 1) + (T(q + 1) - T(q)) q^2. Here T comes from each worker's predictors: T(q) and the rest are the wait
-    for the prompts ahead, T(q + 1) - T(q) is this prompt's own time. Where nothing is learned, T is a fixed table.
+    for the prompts ahead, T(q + 1) - T(q) is this prompt's own time. Until they have learned, T is Omni Proxy's table:
+    then, as there, only the number of prompts counts, and neither their length nor what is cached.
     """
 
     parameters: EarliestBatchParameters
@@ -76,7 +78,7 @@ class EarliestBatch:
         load = tokens_to_compute(request, view, rows)
         is_full = (prompts >= self.parameters.max_prompts) | (load.value > self.parameters.max_batch_tokens)
         is_full &= prompts > 0
-        if (view.times.confidence[rows] > 0).all():
+        if self.parameters.learned and (view.times.confidence[rows] > 0).all():
             further_ms = view.times.prefill_ms[rows]
             batch_ms = view.times.queue_ms[rows] + further_ms
         else:

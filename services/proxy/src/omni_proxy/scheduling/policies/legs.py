@@ -76,19 +76,18 @@ class ByLeg:
     def choose(self, request: SchedulingRequest, view: FleetView) -> Decision:
         prefills, decodes = eligible(request, view)
         seats = self.decode(request, view, decodes)
-        prompts = self.prefill(request, view, prefills) if len(prefills) else None
-        prefill_costs = costs_of(prefills, prompts) if prompts is not None else NO_COSTS
-        alone_costs = NO_COSTS
-        prefill = None
-        decode = first(view, decodes, seats)
+        decode = first(view, decodes, seats, _pulling(request, view, decodes))
         reason = self._alone(request, view, prefills, decode)
-        if reason is None and prompts is not None:
-            prefill = _pairable(view, prefills, prompts, decodes)
-            reason = Reason.NO_CONNECTOR if prefill is None else Reason.DISAGGREGATED
+        prefill, prefill_costs, alone_costs = None, NO_COSTS, NO_COSTS
+        if len(prefills):
+            prompts = self.prefill(request, view, prefills)
+            prefill_costs = costs_of(prefills, prompts)
+            if reason is None:
+                prefill = _pairable(view, prefills, prompts, decodes)
         if prefill is not None:
-            pulling = replace(request, held_by=view.ids[prefill])
-            seats = self.decode(pulling, view, decodes)
-            decode = first(view, decodes, seats, view.can_pair(np.array([prefill]), decodes).ravel())
+            handed = replace(request, held_by=view.ids[prefill], kv_connector=view.connectors[prefill])
+            seats = self.decode(handed, view, decodes)
+            decode = first(view, decodes, seats, _pulling(handed, view, decodes))
         elif self._computes(request, reason):
             prompts = self.prefill(request, view, decodes)
             decode = first(view, decodes, replace(prompts, ties=(*prompts.ties, seats.value, *seats.ties)))
@@ -97,7 +96,7 @@ class ByLeg:
         return Decision(
             prefill=None if prefill is None else view.ids[prefill],
             decode=view.ids[decode],
-            reason=reason or Reason.NO_PREFILL,
+            reason=reason or (Reason.NO_CONNECTOR if prefill is None else Reason.DISAGGREGATED),
             uncached_tokens=int(max(request.prompt_tokens - view.cached_tokens[computing], 0)),
             policy=self.name,
             ids=view.ids,
@@ -123,6 +122,15 @@ class ByLeg:
         if reason is Reason.SHORT:
             return self.disaggregate_min_tokens is None
         return not request.kv_connector
+
+
+def _pulling(request: SchedulingRequest, view: FleetView, decodes: Rows) -> Bools | None:
+    """Which of them can pull the blocks that wait; None: nothing waits, or it is not known or nobody can."""
+    if not request.kv_connector or request.held_by not in view.ids:
+        return None
+    holder = view.ids.index(request.held_by)
+    can = view.can_pair(np.array([holder]), decodes).ravel()
+    return can if can.any() else None
 
 
 def _pairable(view: FleetView, prefills: Rows, ranking: Ranking, decodes: Rows) -> int | None:

@@ -8,7 +8,7 @@ from pydantic import Field
 from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.policies.legs import ByLeg, PairParameters, Ranking, tiered
 from omni_proxy.scheduling.request import SchedulingRequest
-from omni_proxy.scheduling.view import FleetView, Rows
+from omni_proxy.scheduling.view import FleetView, Ints, Rows
 
 
 def tokens_to_compute(request: SchedulingRequest, view: FleetView, rows: Rows) -> Ranking:
@@ -54,34 +54,35 @@ def least_loaded(parameters: PairParameters) -> ByLeg:
 
 
 class RoundRobin:
-    """Each leg goes to the worker whose name follows the last one's, so a new worker gets its turn and no more."""
+    """Each leg to the worker that had the fewest turns, by the ledger: what was chosen and not sent takes no turn.
+
+    Whoever joins or returns starts level with the one of its role that had the fewest, so it is not flooded.
+    """
 
     def __init__(self, parameters: PairParameters) -> None:
-        self._legs = ByLeg("round_robin", self._prefills, self._decodes, parameters.disaggregate_min_tokens)
-        self._prefill = ""
-        self._decode = ""
+        self._legs = ByLeg("round_robin", self._turns, self._turns, parameters.disaggregate_min_tokens)
+        self._ids: tuple[str, ...] = ()
+        self._before: Ints = np.zeros(0, np.int64)
+        """Legs sent to each worker that are not counted as turns."""
 
     def choose(self, request: SchedulingRequest, view: FleetView) -> Decision:
-        decision = self._legs.choose(request, view)
-        self._prefill = decision.prefill or self._prefill
-        self._decode = decision.decode
-        return decision
+        if view.ids != self._ids:
+            self._meet(view)
+        return self._legs.choose(request, view)
 
-    def _prefills(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Ranking:
-        return _turns(view, rows, self._prefill)
+    def _turns(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Ranking:
+        turns = view.dispatched[rows] - self._before[rows]
+        return Ranking(turns.astype(np.float64), terms={"turns": turns})
 
-    def _decodes(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Ranking:
-        return _turns(view, rows, self._decode)
-
-
-def _turns(view: FleetView, rows: Rows, last: str) -> Ranking:
-    """How many turns each is away."""
-    names = [view.ids[row] for row in rows]
-    order = sorted(range(len(names)), key=names.__getitem__)
-    passed = sum(name <= last for name in names)
-    turns = np.empty(len(names))
-    turns[order] = (np.arange(len(names)) - passed) % max(len(names), 1)
-    return Ranking(turns)
+    def _meet(self, view: FleetView) -> None:
+        known = dict(zip(self._ids, self._before.tolist(), strict=True))
+        role = 2 * view.prefills + view.decodes
+        is_known = np.array([worker in known for worker in view.ids], np.bool_)
+        turns = np.maximum(view.dispatched - np.array([known.get(worker, 0) for worker in view.ids], np.int64), 0)
+        for kind in np.unique(role):
+            peers, others = (role == kind) & is_known, (role == kind) & ~is_known
+            turns[others] = turns[peers].min() if peers.any() else 0
+        self._ids, self._before = view.ids, view.dispatched - turns
 
 
 class PowerOfTwoParameters(PairParameters):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from pydantic import Field
 
 from omni_proxy.scheduling import hashing
@@ -14,18 +13,20 @@ from omni_proxy.scheduling.view import FleetView, Rows
 
 
 class SessionParameters(PairParameters):
-    balance: float = Field(1.25, ge=1, description="Sequences a worker may hold, as a multiple of the mean")
+    balance: float = Field(1.25, ge=1, description="Load a worker may hold, as a multiple of the mean")
+    free_tokens: int = Field(16_384, ge=0, description="Prompt tokens ahead that a prefill worker may hold in any case")
+    free_sequences: int = Field(4, ge=0, description="Sequences that a decode worker may hold in any case")
     affinity_threshold: float = Field(
-        0.5, ge=0, le=1, description="Without a session: cached share of the prompt that counts as a hit"
+        0.8, ge=0, le=1, description="Without a session: cached share of the prompt that counts as a hit"
     )
 
 
 def session(parameters: SessionParameters) -> ByLeg:
-    longest = LongestPrefix(parameters.affinity_threshold)
+    balance, longest = parameters.balance, LongestPrefix(parameters.affinity_threshold)
     return ByLeg(
         "session",
-        Rendezvous(parameters.balance, tokens_ahead, longest.prefill),
-        Rendezvous(parameters.balance, sequences, longest.decode),
+        Rendezvous(tokens_ahead, longest.prefill, balance, parameters.free_tokens),
+        Rendezvous(sequences, longest.decode, balance, parameters.free_sequences),
         parameters.disaggregate_min_tokens,
     )
 
@@ -34,21 +35,21 @@ def session(parameters: SessionParameters) -> ByLeg:
 class Rendezvous:
     """The session's worker by rendezvous hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018).
 
-    A worker that holds more than its share of sequences is passed over for the session's next one, so that one busy
+    A worker that holds more than its share of the load is passed over for the session's next one, so that one busy
     conversation, or many that hash alike, cannot overload it. Without a session the prompt's prefix stands in for it.
     """
 
-    balance: float
     load: LegRule
     without_session: LegRule
+    balance: float
+    free: float
 
     def __call__(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Ranking:
-        if not request.session:
-            return self.without_session(request, view, rows)
-        there = view.sequences[rows]
-        capacity = np.ceil(self.balance * (there.sum() + 1) / len(rows))
-        is_full = (there >= capacity).astype(np.int64)
-        weight = hashing.weights(request.session, [view.ids[row] for row in rows])
         load = self.load(request, view, rows)
-        terms = {**load.terms, "weight": weight, "full": is_full}
+        is_full = load.value > max(self.balance * load.value.mean(), self.free)
+        if not request.session:
+            other = self.without_session(request, view, rows)
+            return Ranking(tiered(is_full, other.value), other.ties, {**other.terms, "full": is_full.astype(int)})
+        weight = hashing.weights(request.session, [view.ids[row] for row in rows])
+        terms = {**load.terms, "weight": weight, "full": is_full.astype(int)}
         return Ranking(tiered(is_full, 1.0 - weight), (load.value, *load.ties), terms)

@@ -17,15 +17,15 @@ from omni_proxy.scheduling.view import FleetView, Floats, Rows
 
 
 class Weight(Parameters):
-    scorer: str
+    name: str
     weight: float = Field(1.0, gt=0)
     parameters: Mapping[str, Any] = Field(default_factory=dict)
 
 
 _DEFAULT = (
-    Weight(scorer="queue", weight=2),
-    Weight(scorer="kv_usage", weight=2),
-    Weight(scorer="prefix", weight=3),
+    Weight(name="queue", weight=2),
+    Weight(name="kv_usage", weight=2),
+    Weight(name="prefix", weight=3),
 )
 
 
@@ -41,8 +41,8 @@ class WeightedScorers:
 
     def __init__(self, parameters: WeightedScorersParameters) -> None:
         decode = parameters.scorers if parameters.decode_scorers is None else parameters.decode_scorers
-        self._prefill = [(weight.scorer, weight.weight, _built(weight)) for weight in parameters.scorers]
-        self._decode = [(weight.scorer, weight.weight, _built(weight)) for weight in decode]
+        self._prefill = [(weight.name, weight.weight, _built(weight)) for weight in parameters.scorers]
+        self._decode = [(weight.name, weight.weight, _built(weight)) for weight in decode]
         self._legs = ByLeg("weighted_scorers", self._prefills, self._decodes, parameters.disaggregate_min_tokens)
 
     def choose(self, request: SchedulingRequest, view: FleetView) -> Decision:
@@ -60,7 +60,7 @@ class WeightedScorers:
 
 
 def _built(weight: Weight) -> Scorer:
-    return named("scorers", scorers(), weight.scorer).build(weight.scorer, weight.parameters)
+    return named("scorers", scorers(), weight.name).build(weight.name, weight.parameters)
 
 
 def _missing(

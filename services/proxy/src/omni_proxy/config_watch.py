@@ -1,0 +1,122 @@
+"""The configuration in force, and the file it comes from."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import orjson
+from fastapi import Request, Response
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from omni_common.errors import OmniError
+from omni_proxy.schedule_config import ScheduleConfig
+
+log = logging.getLogger(__name__)
+
+_INTERVAL_S = 1.0
+
+T = TypeVar("T")
+
+
+class Live(Generic[T]):
+    """A value that is replaced whole. Subscribers hear of a new one in the order they came, before it is in force."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+        self._subscribers: list[Callable[[T], None]] = []
+
+    def subscribe(self, on_change: Callable[[T], None]) -> None:
+        self._subscribers.append(on_change)
+
+    def set(self, value: T) -> None:
+        for on_change in self._subscribers:
+            on_change(value)
+        self.value = value
+
+
+class ConfigMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.reloads = Counter(
+            "omni_proxy_config_reloads", "Changes of the scheduler's file, by what became of them", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        self._info = Gauge("omni_proxy_config_info", "1 for the values in force", ["digest"], registry=registry)
+
+    def show(self, config: ScheduleConfig) -> None:
+        self._info.clear()
+        self._info.labels(config.digest).set(1)
+
+
+class ConfigWatcher:
+    """Puts a changed file into force. One that is not valid changes nothing but a counter and the log."""
+
+    def __init__(self, path: Path, base: ScheduleConfig, live: Live[ScheduleConfig], metrics: ConfigMetrics) -> None:
+        """Sections the file does not have are those of `base`."""
+        self._path = path
+        self._base = base
+        self._live = live
+        self._metrics = metrics
+        self._content: bytes | None = None
+        self._seen: tuple[int, int] | None = None
+
+    async def run(self, sleep: Callable[[float], Awaitable[object]] = asyncio.sleep) -> None:
+        """Until cancelled."""
+        while True:
+            await sleep(_INTERVAL_S)
+            await self.check()
+
+    async def check(self) -> None:
+        """Look at the file once. Its bytes count, not its time alone."""
+        try:
+            content = await asyncio.to_thread(self._changed)
+        except OSError as error:
+            log.warning("cannot read the scheduler's configuration", extra={"error": str(error)})
+            return
+        if content is None:
+            return
+        try:
+            config = await asyncio.to_thread(ScheduleConfig.parse, content, self._base)
+            if config == self._live.value:
+                return
+            self._live.set(config)
+        except OmniError as error:
+            self._metrics.reloads.labels("invalid").inc()
+            log.error("the scheduler's configuration is not valid; the former stays", extra={"error": error.message})
+            return
+        except Exception:
+            # A plug-in of a third party may raise anything; the next change of the file has its chance.
+            self._metrics.reloads.labels("failed").inc()
+            log.exception("the scheduler's configuration could not be put into force")
+            return
+        self._metrics.reloads.labels("applied").inc()
+        self._metrics.show(config)
+        log.info("the scheduler's configuration has changed", extra={"digest": config.digest})
+
+    def _changed(self) -> bytes | None:
+        """The file's bytes if they are not those of the last time."""
+        status = self._path.stat()
+        seen = (status.st_mtime_ns, status.st_size)
+        if seen == self._seen:
+            return None
+        content = self._path.read_bytes()
+        self._seen = seen
+        if content == self._content:
+            return None
+        self._content = content
+        return content
+
+
+class ConfigPage:
+    """`GET /config`."""
+
+    def __init__(self, live: Live[ScheduleConfig], path: Path | None) -> None:
+        self._live = live
+        self._path = path
+
+    async def config(self, request: Request) -> Response:
+        config = self._live.value
+        source = None if self._path is None else self._path.name
+        body = {"file": source, "digest": config.digest, "effective": config.effective}
+        return Response(orjson.dumps(body), media_type="application/json")

@@ -1,0 +1,103 @@
+"""What all legs of one sequence share: how far it has come, what it holds, and how its next workers are chosen."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from omni_common.errors import Code, DeadlineExceeded
+from omni_proxy.continuation import FirstToken
+from omni_proxy.explain import span_attributes
+from omni_proxy.fleet import Worker
+from omni_proxy.foresight import Foresight
+from omni_proxy.ports import KvHandle, PrefillPort
+from omni_proxy.scheduling.decision import Decision
+from omni_proxy.scheduling.request import SchedulingRequest
+from omni_proxy.sequence import Scheduler, SequenceJob, SequenceRecord
+from omni_proxy.tracing import RequestTrace
+
+FINAL = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNAUTHENTICATED, Code.DEADLINE_EXCEEDED})
+"""Errors that another worker would answer alike."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """Blocks that wait on a prefill worker, until decode has pulled them or they are given up."""
+
+    handle: KvHandle
+    worker: Worker
+    port: PrefillPort
+
+
+class Course:
+    """Of one sequence. `sent` are the tokens the client has or is about to have."""
+
+    def __init__(self, scheduler: Scheduler, job: SequenceJob, trace: RequestTrace) -> None:
+        self.scheduler = scheduler
+        self.job = job
+        self.trace = trace
+        self.now = asyncio.get_running_loop().time
+        self.foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, scheduler.metrics.prefix, self.now)
+        self.output_tokens = scheduler.lengths.expect(job.sampling.max_tokens)
+        self.has_fresh_look = False
+        self.record = SequenceRecord()
+        self.sent: list[int] = []
+        self.lease: Lease | None = None
+        self.first_token = FirstToken.DECODE_ALONE
+        self.excluded: set[str] = set()
+        """Workers that failed it, and are not to be asked again soon."""
+
+    def decide(self, *, may_prefill: bool, beside: str | None = None) -> Decision:
+        """Choose workers as things are now; `beside` is left out too. Raises `Unavailable` when none decodes."""
+        started = time.perf_counter()
+        job, lease = self.job, self.lease
+        generated = len(self.sent)
+        left = max(1, self.output_tokens - generated)
+        request = SchedulingRequest(
+            prompt_tokens=len(job.prompt) + generated,
+            may_prefill=may_prefill,
+            kv_connector=lease.worker.kv_connector if lease else None,
+            held_by=lease.worker.id if lease else None,
+            excluded=frozenset(self.excluded if beside is None else {*self.excluded, beside}),
+            output_tokens=left,
+            slo=job.caller.slo,
+            waited_ms=(self.now() - job.arrived) * 1e3,
+            session=job.caller.session,
+            tenant=job.caller.tenant,
+            priority=job.caller.priority,
+        )
+        # Who goes on with blocks that were just computed elsewhere is not chosen by its cache.
+        is_known = self.has_fresh_look or lease is not None
+        view = self.foresight.view(left, generated, afresh=not is_known)
+        self.has_fresh_look = False
+        decision = self.scheduler.policy.choose(request, view)
+        self.record.decided(decision, time.perf_counter() - started)
+        self.trace.event("omni.decision", lambda: span_attributes(decision))
+        return decision
+
+    def poke(self) -> None:
+        """Something changed that others may wait for."""
+        if self.scheduler.gate is not None:
+            self.scheduler.gate.poke()
+
+    def count_first_token(self, source: FirstToken) -> None:
+        self.record.first_token_source = source
+        self.record.first_token_ms = (self.now() - self.job.arrived) * 1e3
+        self.scheduler.metrics.first_tokens.labels(source).inc()
+
+    def count_retry(self, leg: str) -> None:
+        self.record.retries += 1
+        self.scheduler.metrics.retries.labels(leg).inc()
+
+    def give_up_lease(self) -> None:
+        """Nobody will pull the blocks any more."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.port.release(lease.handle.lease_id)
+            self.scheduler.metrics.releases.inc()
+
+    def left_s(self) -> float:
+        """Until the deadline. Raises `DeadlineExceeded`."""
+        left = self.job.deadline - self.now()
+        if left <= 0:
+            raise DeadlineExceeded("the request's time is over", reason="deadline")
+        return left

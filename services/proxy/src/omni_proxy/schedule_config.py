@@ -1,0 +1,241 @@
+"""The scheduler's configuration: one YAML file, checked whole, read again when it changes.
+
+python -m omni_proxy.schedule_config FILE    checks a file and prints the effective values as JSON
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from omni_common.errors import InvalidRequest, OmniError
+from omni_proxy.flow.settings import FlowSettings
+from omni_proxy.health import HealthSettings
+from omni_proxy.hedging import HedgingSettings
+from omni_proxy.names import known_name
+from omni_proxy.scheduling.filtered import FilterUse
+from omni_proxy.scheduling.filters import filters as known_filters
+from omni_proxy.scheduling.interfaces import Policy
+from omni_proxy.scheduling.plugins import Plugin
+from omni_proxy.scheduling.policies import policies as known_policies
+from omni_proxy.scheduling.policies import policy_of
+from omni_proxy.scheduling.predictors import MakePredictor
+from omni_proxy.scheduling.predictors import predictors as known_predictors
+from omni_proxy.scheduling.request import Slo
+from omni_proxy.tenants import TenantSettings
+
+_SHOWN_DIGITS = 8
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PolicySettings(_Section):
+    """The policy by name; parameters are the policy's own."""
+
+    name: str = "cost"
+    parameters: Mapping[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_name(name, known_policies())
+
+    @field_validator("parameters")
+    @classmethod
+    def _fitting(cls, values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        return _checked(known_policies(), values, info)
+
+
+class PredictorSettings(_Section):
+    """How times are learned; read at the start only."""
+
+    name: str = "linear"
+    parameters: Mapping[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_name(name, known_predictors())
+
+    @field_validator("parameters")
+    @classmethod
+    def _fitting(cls, values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        return _checked(known_predictors(), values, info)
+
+    def make(self) -> MakePredictor:
+        return known_predictors()[self.name].build(self.name, self.parameters)
+
+
+class FilterSettings(_Section):
+    """A filter in front of the policy."""
+
+    name: str
+    parameters: Mapping[str, Any] = Field(default_factory=dict)
+    legs: str = Field(default="both", pattern="^(both|prefill|decode)$")
+    required: bool = Field(default=False, description="A leg nobody would be left for: false, is not filtered")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_name(name, known_filters())
+
+    @field_validator("parameters")
+    @classmethod
+    def _fitting(cls, values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        return _checked(known_filters(), values, info)
+
+
+class SloSettings(_Section):
+    """Promised to requests that ask for nothing else; None: nothing."""
+
+    ttft_ms: float | None = Field(default=None, gt=0)
+    itl_ms: float | None = Field(default=None, gt=0)
+
+    @property
+    def slo(self) -> Slo:
+        return Slo(self.ttft_ms, self.itl_ms)
+
+
+class ScheduleConfig(_Section):
+    """What may change while requests are running."""
+
+    policy: PolicySettings = PolicySettings()
+    filters: tuple[FilterSettings, ...] = ()
+    predictor: PredictorSettings = PredictorSettings()
+    slo: SloSettings = SloSettings()
+    flow: FlowSettings = FlowSettings()
+    tenants: tuple[TenantSettings, ...] = ()
+    health: HealthSettings = Field(default_factory=lambda: HealthSettings.model_validate({}))
+    hedging: HedgingSettings = Field(default_factory=lambda: HedgingSettings.model_validate({}))
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [tenant.name for tenant in self.tenants]
+        digests = [key.digest for tenant in self.tenants for key in tenant.keys]
+        if len(set(names)) < len(names):
+            raise ValueError("tenants: two have the same name")
+        if len(set(digests)) < len(digests):
+            raise ValueError("tenants: a key is given twice")
+        return self
+
+    @classmethod
+    def load(cls, path: Path, base: Self | None = None) -> Self:
+        """Read and check a file; sections it does not have are those of `base`.
+
+        Raises:
+            InvalidRequest: it cannot be read, or something in it is wrong; the message has a line for each.
+        """
+        try:
+            return cls.parse(path.read_bytes(), base)
+        except OSError as error:
+            raise InvalidRequest(f"{path}: {error.strerror}", field=str(path)) from None
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{path}: {error.message}", field=error.field) from None
+
+    @classmethod
+    def parse(cls, content: bytes, base: Self | None = None) -> Self:
+        """Raises as `load` does."""
+        try:
+            values = yaml.safe_load(content)
+        except yaml.YAMLError as error:
+            raise InvalidRequest(f"is not YAML: {error}") from None
+        if not isinstance(values, dict | None):
+            raise InvalidRequest("must hold a mapping of sections")
+        given = cls.of(values or {})
+        if base is None:
+            return given
+        return base.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Raises as `load` does."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [_line(cls, detail) for detail in error.errors(include_url=False, include_input=False)]
+            raise InvalidRequest("\n".join(lines), field=lines[0].partition(":")[0]) from None
+
+    def make_policy(self) -> Policy:
+        """The policy behind its filters."""
+        uses = [FilterUse(filter=f.name, **f.model_dump(exclude={"name"})) for f in self.filters]
+        return policy_of(self.policy.name, self.policy.parameters, uses)
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """All values, defaults too, for people: keys are hidden, digests cut."""
+        values = self.model_dump(mode="json")
+        for tenant in values["tenants"]:
+            tenant["keys"] = [_redacted(key) for key in tenant["keys"]]
+        return values
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal values."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        secrets = [key.digest.hex() for tenant in self.tenants for key in tenant.keys]
+        return hashlib.sha256("\n".join((text, *secrets)).encode()).hexdigest()[:16]
+
+
+def _checked(known: Mapping[str, Plugin[Any]], values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+    """Parameters that the plug-in named beside them takes."""
+    if (name := info.data.get("name")) is not None:
+        try:
+            known[name].build(name, values)
+        except OmniError as error:
+            raise ValueError(error.message) from None
+    return values
+
+
+def _redacted(key: Mapping[str, str | None]) -> Mapping[str, str]:
+    if (digest := key["sha256"]) is not None:
+        return {"sha256": f"{digest[:_SHOWN_DIGITS]}..."}
+    return {"key_env": key["key_env"]} if key["key_env"] else {"key": "..."}
+
+
+def _line(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
+    """`flow.ordr: unknown; did you mean 'order'? known: ...`"""
+    path: Sequence[str | int] = detail["loc"]
+    where = ".".join(str(part) for part in path)
+    message: str = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        try:
+            known_name(str(path[-1]), _fields_at(model, path[:-1]))
+        except ValueError as error:
+            message = str(error)
+    return f"{where}: {message}" if where else message
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> Sequence[str]:
+    """Names of the settings that may stand there."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        model = next(kind for kind in _models_in(model.model_fields[part].annotation))
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Sequence[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m omni_proxy.schedule_config FILE")
+    try:
+        config = ScheduleConfig.load(Path(sys.argv[1]))
+    except OmniError as error:
+        sys.exit(error.message)
+    print(json.dumps({"digest": config.digest, "effective": config.effective}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The fleet's columns follow its members: slots, reports of load, views."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from omni_common.prefix_index import PrefixIndex
+from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
+from omni_proxy.flow.ticket import Ticket
+from omni_proxy.metrics import PrefixMetrics
+from omni_proxy.replica import Replica
+from omni_proxy.room import FleetRoom, least_work
+from omni_proxy.scheduling.forecast import LoadCost
+from omni_proxy.scheduling.times import Priors, Seen
+from omni_proxy.scheduling.view import FleetView
+
+
+class Port:
+    ready = True
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Fixture:
+    """A fleet on a clock of its own, and what it says of step times."""
+
+    def __init__(self) -> None:
+        self.clock, self.seen = Clock(), list[Seen]()
+        replica = Replica(lambda: PrefixIndex(max_blocks=16), 1.0, PrefixMetrics(CollectorRegistry()))
+        costs = dict.fromkeys(("host", "disk", "remote"), LoadCost(0.0, 0.1))
+        self.fleet = Fleet("m", replica, costs, now=self.clock, saw_step=self.seen.append)
+
+    def put(self, name: str, role: Role = Role.BOTH, epoch: int = 1, **of: Any) -> Member:
+        port: Any = Port()
+        values = {"max_model_len": 1000, "max_num_seqs": 2, "engine": "e", "kv_connector": "c"}
+        worker = Worker(name, "", role, epoch, "m", 16, **values | of)
+        member = Member(worker, port, port, is_reachable=True)
+        self.fleet.put(member)
+        return member
+
+    def view(self, prompt_tokens: int = 100) -> FleetView:
+        return self.fleet.view(self.fleet.forecast(lambda size: b""), prompt_tokens, 10)
+
+
+@pytest.fixture
+async def made() -> Fixture:
+    return Fixture()
+
+
+async def test_a_worker_that_left_with_work_keeps_its_slot_until_that_is_over(made: Fixture) -> None:
+    fleet = made.fleet
+    made.put("busy")
+    slot = fleet.columns.slot("busy")
+    with fleet.ledger.charge("busy", (1000, 0)):
+        fleet.drop("busy")
+        made.put("a")
+        assert fleet.columns.slot("a") != slot
+        assert fleet.ledger.of("busy").requests == 1
+        fleet.drop("a")
+        assert fleet.ledger.of("busy").requests == 1
+    made.put("b")
+    fleet.drop("b")
+    assert fleet.columns.get("busy") is None
+    assert fleet.ledger.total_requests == 0
+
+
+async def test_a_worker_that_returns_in_time_has_its_account_again(made: Fixture) -> None:
+    fleet = made.fleet
+    made.put("busy")
+    with fleet.ledger.charge("busy", (1000, 0)):
+        fleet.drop("busy")
+        made.put("busy", epoch=2)
+    made.put("other")
+    fleet.drop("other")
+    assert fleet.columns.get("busy") is not None
+    assert made.view().ids == ("busy",)
+
+
+async def test_thousands_of_short_lived_workers_take_no_room(made: Fixture) -> None:
+    for number in range(2000):
+        made.put(f"w{number}")
+        with made.fleet.ledger.charge(f"w{number}", (10, 0)):
+            made.fleet.drop(f"w{number}")
+    assert made.fleet.columns.capacity == 16
+
+
+async def test_the_view_is_of_those_that_take_work_in_any_order_of_slots(made: Fixture) -> None:
+    members = [made.put(f"w{number}") for number in range(20)]
+    for number, member in enumerate(members):
+        member.load = Load(running=number, waiting=1, kv_usage=number / 100, others_sequences=3, context_tokens=number)
+    for number in (0, 3, 18):
+        made.fleet.drop(f"w{number}")
+    members[5].is_draining = True
+    made.fleet.signal()
+    made.put("late").load = Load(running=77)
+    made.clock.now_s += 2.5
+    view = made.view()
+    rows = dict(zip(view.ids, view.running.tolist(), strict=True))
+    expected = {f"w{n}": n for n in range(20) if n not in (0, 3, 5, 18)} | {"late": 77}
+    assert rows == expected
+    assert view.stats_age_s == pytest.approx(np.full(len(view), 2.5))
+    assert view.sequences.tolist() == [3] * 16 + [0]
+    with made.fleet.ledger.charge("late", (60, 40), 9):
+        before, view = view, made.view()
+        row = view.ids.index("late")
+        own = (view.own_requests[row], view.own_prefills[row], view.own_uncached_tokens[row])
+        assert own == (1, 1, 60)
+        assert (view.own_output_tokens[row], view.dispatched[row]) == (9, 1)
+        assert before.own_requests[row] == 0, "a view does not change under whoever looks at it"
+        assert view.times.queue_ms[row] > 0
+
+
+async def test_a_forecast_of_other_workers_is_refused(made: Fixture) -> None:
+    made.put("a")
+    found = made.fleet.forecast(lambda size: b"")
+    assert made.fleet.is_current(found)
+    made.put("b")
+    assert not made.fleet.is_current(found)
+    with pytest.raises(ValueError, match="other workers"):
+        made.fleet.view(found, 10, 10)
+
+
+async def test_steps_are_learned_from_what_two_reports_differ_by(made: Fixture) -> None:
+    member = made.put("w")
+    # Steps before the first report may have been of any load.
+    member.load = Load(running=4, context_tokens=4000, steps=1000, busy_ms=99_000.0)
+    assert made.seen == []
+    for number in range(1, 60):
+        member.load = Load(running=4, context_tokens=4000, steps=1000 + 10 * number, busy_ms=99_000.0 + 400.0 * number)
+    assert [seen.seen_ms for seen in made.seen] == pytest.approx([40.0] * 59)
+    assert made.seen[-1].error < 0.05
+    count = len(made.seen)
+    member.load = Load(running=4, context_tokens=4000, steps=1590, busy_ms=99_000.0 + 400.0 * 59)
+    assert len(made.seen) == count, "no step, nothing to learn"
+
+
+async def test_an_earlier_epoch_is_not_heard_any_more(made: Fixture) -> None:
+    earlier = made.put("w")
+    earlier.load = Load(running=9, steps=5000, busy_ms=1e5)
+    made.put("w", epoch=2).load = Load(running=1, steps=3, busy_ms=60.0)
+    earlier.load = Load(running=9, steps=5001, busy_ms=1e6)
+    assert made.view().running.tolist() == [1]
+    assert made.seen == []
+
+
+async def test_room_is_where_the_least_loaded_worker_is_soon_done(made: Fixture) -> None:
+    room = FleetRoom(made.fleet, lookahead_ms=20.0)
+    ticket = Ticket("r", 0.0, 100.0, prompt_tokens=1000, output_tokens=10)
+    assert (room.room_in_ms(ticket), room.drain_ms()) == (np.inf, np.inf)
+    made.put("p", Role.PREFILL)
+    assert room.room_in_ms(ticket) == np.inf, "nobody decodes"
+    decode = made.put("d", Role.DECODE)
+    assert room.room_in_ms(ticket) == 0
+    with made.fleet.ledger.charge("p", (1000, 0)):
+        takes_ms = float(np.dot(Priors().prompt, (1.0, 1000.0, 500.0)))
+        assert room.drain_ms() == pytest.approx(takes_ms)
+        assert room.room_in_ms(ticket) == pytest.approx(takes_ms - 20.0)
+        made.put("q", Role.PREFILL)
+        assert room.room_in_ms(ticket) == 0
+    decode.load = Load(running=2, waiting=4)
+    assert room.room_in_ms(ticket) > 20.0, "both seats are taken and four wait"
+
+
+async def test_the_least_work_is_where_most_is_cached(made: Fixture) -> None:
+    assert least_work(made.view(), 500) == (500, 0.0)
+    made.put("d", Role.DECODE)
+    assert least_work(made.view(500), 500)[0] == 500
+    made.put("p", Role.PREFILL)
+    uncached, ms = least_work(made.view(500), 500)
+    assert (uncached, ms) == (500, pytest.approx(float(np.dot(Priors().prompt, (1.0, 500.0, 125.0)))))

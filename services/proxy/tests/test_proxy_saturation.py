@@ -1,0 +1,92 @@
+"""What autoscalers read: how full each role is."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from omni_common.prefix_index import PrefixIndex
+from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
+from omni_proxy.metrics import PrefixMetrics
+from omni_proxy.replica import Replica
+from omni_proxy.saturation import Saturation
+from omni_proxy.scheduling.request import Slo
+
+
+class Port:
+    ready = True
+
+
+@pytest.fixture
+async def fleet() -> Fleet:
+    replica = Replica(lambda: PrefixIndex(max_blocks=16), 1.0, PrefixMetrics(CollectorRegistry()))
+    fleet = Fleet("m", replica, {}, now=lambda: 0.0)
+    for name, role in (("p", Role.PREFILL), ("d1", Role.DECODE), ("d2", Role.DECODE)):
+        worker = Worker(name, "", role, 1, "m", 0, 1000, max_num_seqs=10)
+        port: Any = Port()
+        fleet.put(Member(worker, port, port, is_reachable=True))
+    return fleet
+
+
+PROMISED = Slo(1000.0, 50.0)
+
+
+def roles(fleet: Fleet, slo: Slo = PROMISED, waiting_ms: float = 0.0) -> dict[str, Any]:
+    return {role.role: role for role in Saturation(fleet, lambda: slo, lambda: waiting_ms).roles()}
+
+
+async def test_prefill_is_full_when_its_backlog_takes_the_time_of_a_first_token(fleet: Fleet) -> None:
+    assert roles(fleet)["prefill"].saturation == 0
+    assert roles(fleet, waiting_ms=500.0)["prefill"].saturation == pytest.approx(0.5)
+    with fleet.ledger.charge("p", (5000, 0)):
+        sent = roles(fleet)["prefill"]
+        assert sent.backlog_ms == pytest.approx(10 + 500 + 5000 * 2500 / 1e6)
+        assert roles(fleet, waiting_ms=500.0)["prefill"].backlog_ms == pytest.approx(sent.backlog_ms + 500)
+    assert roles(fleet)["prefill"].saturation == 0
+
+
+@pytest.mark.parametrize(
+    ("load", "saturation"),
+    [
+        (Load(running=5, waiting=1), 0.6),
+        (Load(running=1, kv_usage=0.9), 0.9),
+        (Load(running=1, waiting=29), 3.0),
+    ],
+)
+async def test_decode_is_as_full_as_its_scarcest_part(fleet: Fleet, load: Load, saturation: float) -> None:
+    for name in ("d1", "d2"):
+        member = fleet.get(name)
+        assert member is not None
+        member.load = load
+    assert roles(fleet, Slo(1000.0, 1e6))["decode"].saturation == pytest.approx(saturation)
+
+
+async def test_long_steps_fill_decode_too(fleet: Fleet) -> None:
+    decode = roles(fleet, Slo(itl_ms=1.0))["decode"]
+    assert decode.step_ms > 1
+    assert decode.saturation == pytest.approx(decode.step_ms)
+
+
+async def test_nobody_there_is_no_saturation() -> None:
+    replica = Replica(lambda: PrefixIndex(max_blocks=16), 1.0, PrefixMetrics(CollectorRegistry()))
+    empty = roles(Fleet("m", replica, {}, now=lambda: 0.0))
+    assert [(r.workers, r.saturation) for r in empty.values()] == [(0, 0.0), (0, 0.0)]
+
+
+async def test_each_worker_is_as_full_as_its_fuller_role(fleet: Fleet) -> None:
+    first = fleet.get("d1")
+    assert first is not None
+    first.load = Load(running=5)
+    with fleet.ledger.charge("p", (5000, 0)):
+        full = Saturation(fleet, lambda: Slo(1000.0), lambda: 9.0).workers()
+    assert full == {"p": pytest.approx(0.5225), "d1": 0.5, "d2": 0.0}
+
+
+async def test_the_page_and_the_metric(start: Any) -> None:
+    stack = await start("p d")
+    page = (await stack.client.get("/saturation")).json()["roles"]
+    assert [(role["role"], role["workers"]) for role in page] == [("prefill", 1), ("decode", 1)]
+    assert stack.registry.get_sample_value("omni_proxy_saturation", {"role": "decode"}) is not None
+    requests = [asyncio.create_task(stack.chat(stream=False)) for _ in range(4)]
+    assert {r.status_code for r in await asyncio.gather(*requests)} == {200}

@@ -1,0 +1,197 @@
+"""The scheduler's file: what it may say, how it is refused, how a change comes into force."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from omni_common.errors import InvalidRequest
+from omni_proxy import schedule_config
+from omni_proxy.config_watch import ConfigMetrics, ConfigWatcher, Live
+from omni_proxy.schedule_config import PolicySettings, ScheduleConfig, SloSettings
+from omni_proxy.scheduling.policies.load import RoundRobin
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "scheduler.example.yaml"
+
+
+def load(tmp_path: Path, content: Any) -> ScheduleConfig:
+    path = tmp_path / "scheduler.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return ScheduleConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"policy": {"name": "costt"}}, "policy.name: unknown 'costt'; did you mean 'cost'? known: cost, "),
+        ({"policy": {"name": "cost", "parameters": {"x": 1}}}, "policy.parameters: cost has no parameter 'x'; known: "),
+        ({"filters": [{"name": "rol"}]}, "filters.0.name: unknown 'rol'; did you mean 'role'? known: "),
+        ({"predictor": {"name": "liner"}}, "predictor.name: unknown 'liner'; did you mean 'linear'?"),
+        ({"flow": {"order": "edf"}}, "flow.order: unknown 'edf'"),
+        ({"flow": {"fairness": "fair"}}, "flow.fairness: unknown 'fair'"),
+        ({"flow": {"ttl": 5}}, "flow.ttl: unknown 'ttl'; did you mean 'ttl_s'? known: "),
+        ({"flow": {"ttl_s": -5}}, "flow.ttl_s: Input should be greater than 0"),
+        ({"flow": {"bands": [{"priority": 0, "name": "a", "hold_back": 1}]}}, "flow.bands.0.hold_back: "),
+        ({"flow": {"bands": [{"priority": 0, "name": "a", "ordr": "slo"}]}}, "flow.bands.0.ordr: unknown 'ordr'; did"),
+        ({"flow": {"bands": [{"priority": 0, "name": "a"}, {"priority": 0, "name": "b"}]}}, "flow: bands: two"),
+        ({"slo": {"ttft": 100}}, "slo.ttft: unknown 'ttft'; did you mean 'ttft_ms'?"),
+        ({"tenants": [{"name": "a"}, {"name": "a"}]}, "tenants: two have the same name"),
+        ({"tenants": [{"name": "a b"}]}, "tenants.0.name: "),
+        ({"tenants": [{"name": "a", "keys": [{"key": "k"}, {"key": "k"}]}]}, "a key is given twice"),
+        ({"health": {"ejection": 1}}, "health.ejection: unknown 'ejection'"),
+        ({"hedging": {"quantile": 2}}, "hedging.quantile: "),
+        ({"polcy": {}}, "polcy: unknown 'polcy'; did you mean 'policy'?"),
+        ("- a\n- b", "must hold a mapping"),
+        ("policy: {", "is not YAML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_says_where_and_why(tmp_path, content, message):
+    with pytest.raises(InvalidRequest) as refused:
+        load(tmp_path, content)
+    assert message in refused.value.message and "scheduler.yaml" in refused.value.message
+
+
+def test_every_mistake_is_told_at_once(tmp_path):
+    with pytest.raises(InvalidRequest) as refused:
+        load(tmp_path, {"flow": {"ttl_s": 0, "order": "x"}, "slo": {"itl_ms": 0}})
+    assert len(refused.value.message.splitlines()) == 3
+
+
+def test_a_secret_is_in_no_message_and_no_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_KEY", "env-secret")
+    with pytest.raises(InvalidRequest) as refused:
+        load(tmp_path, {"tenants": [{"name": "a", "keys": [{"key": "top-secret", "extra": 1}]}]})
+    assert "top-secret" not in refused.value.message
+    keys = [{"key": "top-secret"}, {"key_env": "A_KEY"}, {"sha256": "ab" * 32}]
+    config = load(tmp_path, {"tenants": [{"name": "a", "keys": keys}]})
+    shown = json.dumps(config.effective)
+    assert config.effective["tenants"][0]["keys"] == [{"key": "..."}, {"key_env": "A_KEY"}, {"sha256": "abababab..."}]
+    assert "secret" not in shown and "ab" * 32 not in shown
+
+
+def test_the_digest_follows_the_values_and_the_keys(tmp_path, monkeypatch):
+    def digest(key: str) -> str:
+        return load(tmp_path, {"tenants": [{"name": "a", "keys": [{"key": key}]}]}).digest
+
+    assert digest("one") == digest("one") != digest("two")
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    config = load(tmp_path, "")
+    assert config == ScheduleConfig() and config.policy.name == "cost"
+
+
+def test_sections_a_file_does_not_have_are_those_of_the_proxys_settings():
+    base = ScheduleConfig(policy=PolicySettings(name="round_robin"), slo=SloSettings(ttft_ms=5))
+    config = ScheduleConfig.parse(b"slo: {itl_ms: 7}", base)
+    assert config.slo == SloSettings(itl_ms=7)
+    assert isinstance(config.make_policy(), RoundRobin)
+
+
+def test_the_example_says_every_default_and_is_valid(monkeypatch):
+    monkeypatch.setenv("GOLD_API_KEY", "k")
+    config = ScheduleConfig.load(EXAMPLE)
+    defaults = ScheduleConfig()
+    assert config.flow == defaults.flow and config.hedging == defaults.hedging
+    written = yaml.safe_load(EXAMPLE.read_text())
+    assert set(written) == set(ScheduleConfig.model_fields)
+    for section in ("flow", "hedging", "slo"):
+        assert set(written[section]) == set(type(getattr(config, section)).model_fields)
+    assert config.make_policy()
+
+
+def test_checking_a_file_prints_what_holds(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "s.yaml"
+    path.write_text("flow: {ttl_s: 7}")
+    monkeypatch.setattr("sys.argv", ["check", str(path)])
+    schedule_config.main()
+    assert json.loads(capsys.readouterr().out)["effective"]["flow"]["ttl_s"] == 7
+    path.write_text("flow: {ttl_s: x}")
+    with pytest.raises(SystemExit, match=r"flow\.ttl_s"):
+        schedule_config.main()
+
+
+class Watched:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.write("flow: {ttl_s: 1}")
+        self.registry = CollectorRegistry()
+        self.live = Live(ScheduleConfig.load(path))
+        self.seen: list[float] = []
+        self.live.subscribe(lambda config: self.seen.append(config.flow.ttl_s))
+        metrics = ConfigMetrics(self.registry)
+        self.watcher = ConfigWatcher(path, ScheduleConfig(), self.live, metrics)
+        self.stamp = 10**18
+
+    def write(self, text: str) -> None:
+        self.path.write_text(text)
+
+    async def check(self, text: str | None = None) -> None:
+        if text is not None:
+            self.write(text)
+            self.stamp += 10**9
+            os.utime(self.path, ns=(self.stamp, self.stamp))
+        await self.watcher.check()
+
+    def reloads(self, result: str) -> float:
+        return self.registry.get_sample_value("omni_proxy_config_reloads_total", {"result": result}) or 0.0
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path / "s.yaml")
+
+
+async def test_a_change_comes_into_force_once(watched):
+    await watched.check()
+    await watched.check("flow: {ttl_s: 2}")
+    await watched.check()
+    await watched.check("flow: {ttl_s: 2}")
+    assert watched.seen == [2] and watched.live.value.flow.ttl_s == 2
+    digest = watched.live.value.digest
+    assert watched.registry.get_sample_value("omni_proxy_config_info", {"digest": digest}) == 1
+
+
+async def test_an_invalid_file_changes_nothing_until_it_is_right(watched, caplog):
+    await watched.check("flow: {ttl_s: no}")
+    await watched.check()
+    assert watched.seen == [] and watched.reloads("invalid") == 1
+    assert any("not valid" in record.message for record in caplog.records)
+    await watched.check("flow: {ttl_s: 3}")
+    assert watched.seen == [3] and watched.reloads("applied") == 1
+
+
+async def test_a_value_that_a_subscriber_refuses_is_not_in_force(watched, caplog):
+    def refuse(config: ScheduleConfig) -> None:
+        raise RuntimeError("a plug-in that cannot be built")
+
+    watched.live.subscribe(refuse)
+    await watched.check("flow: {ttl_s: 2}")
+    assert watched.live.value.flow.ttl_s == 1 and watched.reloads("failed") == 1
+
+
+async def test_a_file_that_is_away_for_a_moment_is_waited_for(watched):
+    watched.path.unlink()
+    await watched.check()
+    await watched.check("flow: {ttl_s: 4}")
+    assert watched.seen == [4]
+
+
+async def test_the_watcher_looks_again_and_again(watched):
+    naps = 0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal naps
+        naps += 1
+        watched.write(f"flow: {{ttl_s: {naps + 1}0}}")
+        if naps == 3:
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await watched.watcher.run(sleep)
+    assert watched.seen == [20, 30]
