@@ -11,6 +11,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -27,12 +29,21 @@ from rich.console import Console
 from rich.table import Table
 from tracereplay.trace import Request, read_trace
 
-LEVELS = {"below": 0.85, "knee": 1.0, "above": 1.2}
-SWEEP = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
-"""Speeds relative to `_SPEED_PER_PREFILL` for each prefill worker."""
-_SPEED_PER_PREFILL = 0.26
-QUICK_REQUESTS = 1500
+LEVELS = {"below": 0.8, "knee": 1.0, "above": 1.25}
+SWEEP = (0.7, 0.85, 1.0, 1.1, 1.2, 1.35, 1.5, 1.7)
+"""Speeds relative to the knee."""
+KNEE_SEARCH = (0.18, 0.23, 0.26, 0.29, 0.32, 0.35)
+"""Speeds for each prefill worker between which the knee is looked for."""
+QUICK_REQUESTS, QUICK_SPEEDS = 1500, (2.0, 2.5, 3.0)
 QUICK_SYSTEMS = ("cost", "cost/no-hold", "round_robin", "least_loaded", "least_uncached_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`speeds`: the levels, the middle one taken for the knee; none: looked for."""
+
+    speeds: tuple[float, ...]
+    sweeps: bool
 
 
 def notes_of(requests: list[Request], scene: Scene, seeds: int, fixed_speeds: bool) -> list[str]:
@@ -40,7 +51,7 @@ def notes_of(requests: list[Request], scene: Scene, seeds: int, fixed_speeds: bo
     tokens = sum(request.input_tokens for request in requests)
     promise, network = scene.promise, scene.network
     knee = (
-        "speeds were given"
+        "speeds were given, the middle one stands for the knee"
         if fixed_speeds
         else f"the knee is the highest speed at which the best of {', '.join(KNEE_SYSTEMS)} keeps the SLO for "
         f"{ATTAINED:.0%} of requests (one seed, interpolated); the other levels are "
@@ -68,27 +79,20 @@ def notes_of(requests: list[Request], scene: Scene, seeds: int, fixed_speeds: bo
 
 
 def fleet_of(
-    runner: Runner, requests: list[Request], scene: Scene, speeds: list[float], systems: list[str], seeds: int
+    runner: Runner, requests: list[Request], scene: Scene, plan: Plan, systems: list[str], seeds: int
 ) -> Fleet:
     """Find the knee unless speeds are given, run all levels, then sweep `cost` and the best others."""
-    grid = [round(factor * _SPEED_PER_PREFILL * scene.prefills, 3) for factor in SWEEP]
-    sweep: dict[str, list[float]] = {}
-    if speeds:
-        knee = speeds[len(speeds) // 2]
-        names = ["below", "knee", "above"] if len(speeds) == 3 else [f"x{speed:g}" for speed in speeds]
-        names[len(speeds) // 2] = "knee"
-        levels = dict(zip(names, speeds, strict=True))
-    else:
-        sweep = dict(runner.sweep(scene, KNEE_SYSTEMS, grid))
-        knee = max(served_speed(grid, kept) for kept in sweep.values())
-        levels = {title: factor * knee for title, factor in LEVELS.items()}
+    levels = levels_of(plan, runner, scene)
     found = runner.levels(scene, levels, systems, seeds)
-    if not speeds:
+    knee = levels["knee"]
+    grid = [round(factor * knee, 3) for factor in SWEEP]
+    sweep: Mapping[str, list[float]] = {}
+    if plan.sweeps:
         promise = scene.promise.name
         at_knee = next(level for level in found if level.title == "knee")
         best = sorted(rivals(systems), key=lambda s: -at_knee.median(s, lambda o: o.goodput(promise)))[:2]
-        more = [name for name in ("cost", *best) if name in systems and name not in sweep]
-        sweep |= runner.sweep(scene, more, grid)
+        names = [name for name in ("cost", "cost/no-hold", *best, "round_robin") if name in systems]
+        sweep = runner.sweep(scene, list(dict.fromkeys(names)), grid)
     bounds = {}
     for title, speed in levels.items():
         faster = [Request(r.at_s / speed, r.input_tokens, r.output_tokens, r.keys) for r in requests]
@@ -98,6 +102,16 @@ def fleet_of(
             "all": most_kept(faster, scene.promise, scene.prefills + scene.decodes),
         }
     return Fleet(scene.title, knee, found, grid, sweep, bounds)
+
+
+def levels_of(plan: Plan, runner: Runner, scene: Scene) -> dict[str, float]:
+    """Speeds by title; one of them is the knee."""
+    if plan.speeds:
+        middle = len(plan.speeds) // 2
+        return {"knee" if n == middle else f"x{speed:g}": speed for n, speed in enumerate(plan.speeds)}
+    search = [round(speed * scene.prefills, 3) for speed in KNEE_SEARCH]
+    knee = max(served_speed(search, kept) for kept in runner.sweep(scene, KNEE_SYSTEMS, search).values())
+    return {title: factor * knee for title, factor in LEVELS.items()}
 
 
 def show(fleets: list[Fleet], notes: list[str], console: Console) -> None:
@@ -120,6 +134,7 @@ def main(
     fleets: Annotated[str, typer.Option(help="Prefill x decode workers")] = "",
     speeds: Annotated[str, typer.Option(help="The trace so many times as fast, instead of a search; for all")] = "",
     systems: Annotated[str, typer.Option(help="Names, separated by commas; default: all")] = "",
+    sweep: Annotated[bool, typer.Option(help="Also find the load that cost and the best others serve")] = True,
     seeds: Annotated[int | None, typer.Option(min=1, help="Default 3, quick 1")] = None,
     slo: Annotated[str, typer.Option(help=f"Told to the policies: {', '.join(PROMISES)}")] = "fixed",
     slow: Annotated[str, typer.Option(help="worker:factor of its times, such as 0:1.5,9:1.5")] = "",
@@ -137,7 +152,8 @@ def main(
     if slo not in PROMISES:
         raise typer.BadParameter(f"known: {', '.join(PROMISES)}", param_hint="--slo")
     limit = requests or (QUICK_REQUESTS if quick else None)
-    given = [float(speed) for speed in speeds.split(",")] if speeds else [1.8, 2.2, 2.6] if quick else []
+    given = tuple(float(speed) for speed in speeds.split(",")) if speeds else QUICK_SPEEDS if quick else ()
+    plan = Plan(given, sweep and not quick)
     factors = tuple((int(n), float(f)) for n, f in (pair.split(":") for pair in slow.split(",") if pair))
     count = seeds or (1 if quick else 3)
     source, results = read_trace(trace, limit), []
@@ -146,7 +162,7 @@ def main(
         for fleet in (fleets or ("8x8" if quick else "8x8,4x4")).split(","):
             prefills, decodes = map(int, fleet.split("x"))
             shape = Scene(prefills, decodes, promise=scene.promise, slow=factors, proxies=proxies)
-            results.append(fleet_of(runner, source, shape, given, names, count))
+            results.append(fleet_of(runner, source, shape, plan, names, count))
     machine = f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
     took = f"took {time.perf_counter() - began_s:.0f} s in {jobs} processes on {machine}"
     notes = [*notes_of(source, scene, count, bool(given)), took]

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from itertools import accumulate
 
+from tracereplay.trace import BLOCK_TOKENS, Request, reusable
+
 from fleetsim.constants import PREFILL
 from fleetsim.slo import Promise
-from tracereplay.trace import BLOCK_TOKENS, Request, reusable
 
 _WINDOWS_S = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 

@@ -8,14 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tracereplay.trace import Request, read_trace
+
 from fleetsim.outcome import Outcome, outcome_of
 from fleetsim.simulation import Scene, simulate
 from fleetsim.systems import SYSTEMS
-from tracereplay.trace import Request, read_trace
 
 ATTAINED = 0.9
 """Share of requests that must keep the promise for a load to count as served; DistServe's (Zhong et al. 2024)."""
-KNEE_SYSTEMS = ("round_robin", "least_loaded", "least_uncached_tokens")
+KNEE_SYSTEMS = ("least_loaded", "least_uncached_tokens", "weighted_scorers", "earliest_batch")
 _SPREAD_S = 3.0
 _trace: list[Request] = []
 
@@ -61,9 +62,7 @@ class Runner:
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
         return list(self._pool.map(_run, tasks))
 
-    def levels(
-        self, scene: Scene, speeds: Mapping[str, float], systems: Sequence[str], seeds: int
-    ) -> list[Level]:
+    def levels(self, scene: Scene, speeds: Mapping[str, float], systems: Sequence[str], seeds: int) -> list[Level]:
         """`speeds` by the level's title. A seed means the same arrivals and noise for every system."""
         tasks = [
             Task(system, replace(scene, seed=seed), speed)

@@ -1,71 +1,25 @@
 """One simulated engine: chunked continuous batching over a prefix cache, as `omni_engine.sim` does it, in closed form.
 
 The order of things is the simulated engine's: sequences that run come first, each prompt among them with as many
-tokens as the step's budget leaves; then what has been pulled joins; then the queue is admitted in order of arrival while
-seats, blocks and budget last. Between two changes of the batch decode steps are not played one by one: k steps of a
-batch take the sum of an arithmetic series. Unlike there, a sequence's blocks are held from its admission to its end for
-all that it will generate, so nothing is ever preempted.
+tokens as the step's budget leaves; then what has been pulled joins; then the queue is admitted in order of arrival
+while seats, blocks and budget last. Between two changes of the batch decode steps are not played one by one: k steps of
+a batch take the sum of an arithmetic series. Unlike there, a sequence's blocks are held from its admission to its end
+for all that it will generate, so nothing is ever preempted.
 """
 
 import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
+
+from tracereplay.trace import BLOCK_TOKENS
 
 from fleetsim.clock import Clock
 from fleetsim.constants import EngineModel
+from fleetsim.leg import Leg, Plan, Stats
 from omni_engine.ports import BlockEvent
 from omni_engine.sim.blocks import BlockPool
-from tracereplay.trace import BLOCK_TOKENS
-
-_MOST_STEPS = 1 << 30
-
-
-@dataclass(slots=True, eq=False)
-class Leg:
-    """A sequence on one engine: a prefill leg generates one token, a decode leg the rest, or all of them.
-
-    `pulls` says that its prompt comes from another engine. `on_first` is called with the first token of a prompt that
-    was computed here, `on_pulled` when the prompt's blocks have come, `on_end` with the last token. Times in seconds.
-    """
-
-    keys: Sequence[bytes]
-    prompt_tokens: int
-    output_tokens: int
-    pulls: bool = False
-    keeps_blocks: bool = False
-    on_first: Callable[["Leg"], None] | None = None
-    on_pulled: Callable[["Leg"], None] | None = None
-    on_end: Callable[["Leg"], None] | None = None
-    computed: int = 0
-    cached: int = 0
-    named: int = 0
-    blocks: list[int] = field(default_factory=list)
-    arrived_s: float = 0.0
-    scheduled_s: float = 0.0
-    first_s: float = 0.0
-    pulled_s: float = 0.0
-    ended_s: float = 0.0
-    transfer_s: float = 0.0
-    first_step: int = 0
-    gaps: list[tuple[int, float]] = field(default_factory=list)
-    """Of decode: so many steps of such a length in seconds, in order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What a worker says of itself; the counters only grow."""
-
-    running: int
-    waiting: int
-    queued_tokens: int
-    kv_usage: float
-    context_tokens: int
-    steps: int
-    busy_ms: float
-    computed_prompt_tokens: int
 
 
 class Engine:
@@ -97,11 +51,11 @@ class Engine:
         self._prompt_tokens = 0
         self._log: list[tuple[int, float]] = []
         """Steps of decode so far, and the length of each since the entry before."""
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._turn = 0
         self.worked_s = 0.0
-
-    # ---- what the services call
+        self.changes = 0
+        """Grows with whatever `stats` tells, but for the steps of a batch that stays the same."""
 
     def take(self, leg: Leg) -> None:
         leg.arrived_s = self._clock.now_s
@@ -138,13 +92,12 @@ class Engine:
         )
 
     @property
-    def is_idle(self) -> bool:
-        return self._plan is None
-
-    # ---- steps
+    def decodes(self) -> bool:
+        return bool(self._decoding)
 
     def _wake(self) -> None:
         """Something new to consider: at once if nothing runs, else at the end of the step that runs."""
+        self.changes += 1
         plan = self._plan
         if plan is None:
             self._begin()
@@ -186,12 +139,12 @@ class Engine:
         decode_ms += model.step_context_ms * self._context
         if chunks:
             ms = decode_ms + model.prompt_ms([(count, leg.computed + count) for leg, count in chunks])
-            plan = _Plan(now_s, ms, 0.0, 1, self.slow * max(0.2, 1 + noise), False, chunks)
+            plan = Plan(now_s, ms, 0.0, 1, self.slow * max(0.2, 1 + noise), False, chunks)
         else:
             steps = self._decoding[0][0] - self._steps
             noise /= math.sqrt(steps)
             growth = model.step_context_ms * batch
-            plan = _Plan(now_s, decode_ms, growth, steps, self.slow * max(0.2, 1 + noise), True, chunks)
+            plan = Plan(now_s, decode_ms, growth, steps, self.slow * max(0.2, 1 + noise), True, chunks)
         self._plan = plan
         self._schedule(plan.end_of(plan.steps))
 
@@ -199,6 +152,7 @@ class Engine:
         plan = self._plan
         if turn != self._turn or plan is None:
             return
+        self.changes += 1
         ms = plan.length_ms(plan.steps)
         self.worked_s += ms / 1e3
         now_s, batch = self._clock.now_s, len(self._decoding)
@@ -321,32 +275,3 @@ class Engine:
     def _tell(self) -> None:
         if events := self.pool.take_events():
             self._changed(events)
-
-
-@dataclass(slots=True)
-class _Plan:
-    """Steps from `start_s` on: the first takes `first_ms`, each further one `growth_ms` more; all times `factor`."""
-
-    start_s: float
-    first_ms: float
-    growth_ms: float
-    steps: int
-    factor: float
-    is_run: bool
-    chunks: list[tuple[Leg, int]]
-
-    def length_ms(self, steps: int) -> float:
-        return self.factor * steps * (self.first_ms + self.growth_ms * (steps - 1) / 2)
-
-    def end_of(self, step: int) -> float:
-        return self.start_s + self.length_ms(step) / 1e3
-
-    def steps_by(self, now_s: float) -> int:
-        """Whole steps that have ended."""
-        passed = (now_s - self.start_s) * 1e3 / self.factor
-        first = self.first_ms - self.growth_ms / 2
-        if self.growth_ms > 0:
-            done = (math.sqrt(first * first + 2 * self.growth_ms * passed) - first) / self.growth_ms
-        else:
-            done = passed / first
-        return min(self.steps, max(0, int(done + 1e-9)))

@@ -1,94 +1,98 @@
-"""Holds requests at the proxy until a worker is about to be free: the product's queue on the simulation's clock."""
+"""The product's flow gate on the simulation's clock: its futures and timers without an event loop."""
 
-import math
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+import asyncio
+from asyncio import events
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry
 
 from fleetsim.clock import Clock
+from omni_proxy.fleet import Fleet
+from omni_proxy.flow.gate import FlowGate
+from omni_proxy.flow.metrics import FlowMetrics
 from omni_proxy.flow.queue import FlowQueue
 from omni_proxy.flow.settings import FlowSettings
 from omni_proxy.flow.ticket import Ticket
+from omni_proxy.room import FleetRoom
 
-_CLIENT_PATIENCE_S = 3600.0
-_LEAST_WAIT_S = 0.0002
-
-
-class Waiting(Protocol):
-    """A request as the gate sees it."""
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def arrived_s(self) -> float: ...
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def ttft_slo_ms(self) -> float | None: ...
+_RESOLUTION_S = 1e-5
+"""Of timers: the simulation's time does not pass by itself."""
 
 
-W = TypeVar("W", bound=Waiting)
+class _Handle:
+    """A call that may be cancelled before it is made."""
+
+    def __init__(self, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._call: Callable[..., object] | None = call
+        self._args = args
+
+    def cancel(self) -> None:
+        self._call = None
+
+    def run(self) -> None:
+        if self._call is not None:
+            self._call(*self._args)
 
 
-class Gate(Generic[W]):
-    """`room_in_ms()`: predicted time until a worker would begin with another prompt; `release(waiting)` sends one."""
+class _Loop:
+    """As much of an event loop as futures and the gate ask for."""
 
-    def __init__(
-        self,
-        clock: Clock,
-        settings: FlowSettings,
-        room_in_ms: Callable[[], float],
-        prefill_of: Callable[[W], tuple[int, float]],
-        release: Callable[[W], None],
-    ) -> None:
-        """`prefill_of`: uncached tokens and milliseconds where they are least."""
-        self._clock, self._settings = clock, settings
-        self._room_in_ms, self._prefill_of, self._release = room_in_ms, prefill_of, release
-        self._queue = FlowQueue(settings)
-        self._waiting: dict[Ticket, W] = {}
-        self._released_s = 0.0
-        self._timer = 0
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
-    def __len__(self) -> int:
-        return len(self._queue)
+    def time(self) -> float:
+        return self._clock.now_s
 
-    def put(self, waiting: W) -> None:
-        uncached, prefill_ms = self._prefill_of(waiting)
-        ticket = Ticket(
-            request_id=str(waiting.number),
-            arrived_s=waiting.arrived_s,
-            deadline_s=waiting.arrived_s + _CLIENT_PATIENCE_S,
-            prompt_tokens=waiting.prompt_tokens,
-            uncached_tokens=uncached,
-            ttft_slo_ms=waiting.ttft_slo_ms,
-            prefill_ms=prefill_ms,
-        )
-        if not self._queue:
-            self._released_s = self._clock.now_s
-        self._waiting[ticket] = waiting
-        self._queue.offer(ticket, self._clock.now_s)
-        self.poke()
+    def get_debug(self) -> bool:
+        return False
+
+    def create_future(self) -> "asyncio.Future[Any]":
+        return asyncio.Future(loop=self)  # type: ignore[arg-type]
+
+    def call_at(self, when: float, call: Callable[..., object], *args: Any, context: object = None) -> _Handle:
+        handle = _Handle(call, args)
+        self._clock.at(max(when, self._clock.now_s + _RESOLUTION_S), handle.run)
+        return handle
+
+    def call_soon(self, call: Callable[..., object], *args: Any, context: object = None) -> _Handle:
+        handle = _Handle(call, args)
+        self._clock.after(0.0, handle.run)
+        return handle
+
+
+@contextmanager
+def _running(loop: _Loop) -> Iterator[None]:
+    events._set_running_loop(loop)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        events._set_running_loop(None)
+
+
+class Gate:
+    """Turns of the real gate, as callbacks."""
+
+    def __init__(self, clock: Clock, fleet: Fleet, settings: FlowSettings) -> None:
+        self._loop = _Loop(clock)
+        room, metrics = FleetRoom(fleet, settings.lookahead_ms), FlowMetrics(CollectorRegistry())
+        self._gate = FlowGate(FlowQueue(settings), room, metrics, self._loop)  # type: ignore[arg-type]
+
+    def enter(self, ticket: Ticket, then: Callable[[], None]) -> None:
+        """`then` is called at the ticket's turn, which may be at once."""
+        self._step(self._gate.turn(ticket), then)
 
     def poke(self) -> None:
-        """Release while a worker has room, or the head was held for as long as it may be."""
-        while self._queue:
-            now_s = self._clock.now_s
-            room_in_s = self._room_in_ms() / 1e3
-            held_until_s = self._released_s + self._settings.max_hold_ms / 1e3
-            if room_in_s > 0 and now_s < held_until_s:
-                self._timer += 1
-                wake_s = min(now_s + max(room_in_s, _LEAST_WAIT_S), held_until_s)
-                if wake_s < math.inf:
-                    self._clock.at(wake_s, self._timed, self._timer)
-                return
-            ticket = self._queue.pop(now_s)
-            if ticket is None:
-                return
-            self._released_s = now_s
-            self._release(self._waiting.pop(ticket))
+        self._gate.poke()
 
-    def _timed(self, timer: int) -> None:
-        if timer == self._timer:
-            self.poke()
+    def _step(self, turn: Coroutine[Any, Any, object], then: Callable[[], None]) -> None:
+        try:
+            with _running(self._loop):
+                waiting = turn.send(None)
+        except StopIteration:
+            then()
+            return
+        # Whoever awaits a future in earnest is told so by its flag; the coroutine is ours to go on with.
+        waiting._asyncio_future_blocking = False
+        waiting.add_done_callback(lambda _: self._step(turn, then))

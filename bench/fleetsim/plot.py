@@ -15,7 +15,14 @@ def svg(fleets: Sequence[Fleet]) -> str:
     panels = [fleet for fleet in fleets if fleet.sweep]
     size = f'width="{_WIDTH * max(1, len(panels)) + 160}" height="{_HEIGHT}"'
     body = [_panel(fleet, index * _WIDTH) for index, fleet in enumerate(panels)]
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">', *body, "</svg>", ""])
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">',
+            *body,
+            "</svg>",
+            "",
+        ]
+    )
 
 
 def _panel(fleet: Fleet, left: int) -> str:
@@ -39,6 +46,6 @@ def _panel(fleet: Fleet, left: int) -> str:
         colour = _COLOURS[index % len(_COLOURS)]
         points = " ".join(place(s * rate, s * rate * share) for s, share in zip(fleet.speeds, kept, strict=True))
         lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
-        y = _TOP + 14 * (index + 1)
-        lines.append(f'<text x="{left + _LEFT + 10}" y="{y}" fill="{colour}">{escape(SYSTEMS[system].title)}</text>')
+        below = _TOP + 14 * (index + 1)
+        lines.append(f'<text x="{left + _LEFT + 10}" y="{below}" fill="{colour}">{escape(SYSTEMS[system].title)}</text>')
     return "\n".join(lines)

@@ -1,36 +1,54 @@
-"""A proxy in the simulation: the product's fleet, ledger, predictors and policies, with messages instead of calls."""
+"""A proxy in the simulation: the product's fleet, foresight, gate and policies, with messages instead of calls.
+
+What `omni_proxy.lifecycle` awaits is a callback here; each step names the one it stands for.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
+from tracereplay.trace import BLOCK_TOKENS, Request, reusable
 
 from fleetsim.clock import Clock
 from fleetsim.constants import PREFILL
-from fleetsim.engine import Leg
 from fleetsim.gate import Gate
 from fleetsim.knowledge import NO_OTHER_TIERS, Knowledge
+from fleetsim.leg import Leg
 from fleetsim.record import Guess, Served
 from fleetsim.systems import System
 from fleetsim.worker import Network, Worker
 from omni_engine.ports import BlockEvent
-from omni_proxy.fleet import Fleet, Load, Member, Role
+from omni_proxy.fleet import Fleet, Load, Member
 from omni_proxy.fleet import Worker as Known
+from omni_proxy.flow.ticket import Ticket
+from omni_proxy.foresight import Computing, Foresight
 from omni_proxy.ledger import Charge
+from omni_proxy.room import least_work
 from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.request import SchedulingRequest, Slo
-from omni_proxy.scheduling.times import WorkerTimes, prompt_features
-from tracereplay.trace import BLOCK_TOKENS, Request, reusable
+from omni_proxy.scheduling.times import WorkerTimes
+from omni_proxy.sequence import OutputLengths
 
-MODEL = "m"
-CONNECTOR = "sim"
+MODEL, CONNECTOR = "m", "sim"
+_NO_LIMIT = 1 << 30
+_PATIENCE_S = 1e6
+_FRESH_S = 0.001
 
 
 class _Port:
     """Stands for a worker's client: always there."""
 
     ready = True
+
+
+class _Keys:
+    """Stands for `PromptKeys`: the block keys of one prompt."""
+
+    def __init__(self, keys: bytes) -> None:
+        self._keys = keys
+
+    def of(self, prompt: Sequence[int], block_size: int) -> bytes:
+        return self._keys
 
 
 @dataclass(slots=True)
@@ -43,19 +61,11 @@ class Run:
     slo: Slo
     session: str
     keys: bytes
+    foresight: Foresight
+    output_tokens: int = 0
+    is_fresh: bool = False
+    """The fleet was looked at just now for this request."""
     decision: Decision | None = None
-
-    @property
-    def arrived_s(self) -> float:
-        return self.served.arrived_s
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.request.input_tokens
-
-    @property
-    def ttft_slo_ms(self) -> float | None:
-        return self.slo.ttft_ms
 
 
 class Proxy:
@@ -71,8 +81,10 @@ class Proxy:
         positions: Mapping[bytes, int],
         on_served: Callable[[Served], None],
     ) -> None:
-        self._clock, self._number, self._workers, self._system = clock, number, workers, system
+        self._clock, self._number, self._system = clock, number, system
         self._network, self._on_served = network, on_served
+        self._workers = {worker.name: worker for worker in workers}
+        self._names = list(self._workers)
         blocks = sum(worker.model.num_blocks for worker in workers)
         self._knowledge = Knowledge(2 * blocks, clock, positions, marks_s=2.0)
         self.fleet = Fleet(
@@ -82,21 +94,16 @@ class Proxy:
             now=clock,
             times=lambda columns: WorkerTimes(columns, system.priors),
         )
-        self._names = [worker_name(worker) for worker in workers]
-        self._by_name = dict(zip(self._names, workers, strict=True))
-        self._members = [self._member(worker) for worker in workers]
-        self._slots = [self.fleet.columns.slot(name) for name in self._names]
+        self._members = {worker.name: self._member(worker) for worker in workers}
         self._policy = system.policy()
-        self._gate: Gate[Run] | None = None
-        if system.flow is not None:
-            self._gate = Gate(clock, system.flow, self._room_in_ms, self._least_prefill, self.dispatch)
-        self._lookahead_ms = system.flow.lookahead_ms if system.flow is not None else 0.0
+        self._lengths = OutputLengths()
+        self._gate = Gate(clock, self.fleet, system.flow) if system.flow is not None else None
         self.decision_s: list[float] = []
 
     def _member(self, worker: Worker) -> Member:
         model, port = worker.model, _Port()
         known = Known(
-            id=worker_name(worker),
+            id=worker.name,
             address="",
             role=worker.role,
             epoch=1,
@@ -113,13 +120,11 @@ class Proxy:
         self.fleet.put(member)
         return member
 
-    # ---- what workers tell
+    # What workers tell
 
     def loaded(self, worker: int, load: Load) -> None:
-        if self._system.learns:
-            self._members[worker].load = load
-        else:
-            self._members[worker].load = replace(load, steps=0)
+        # Steps are what the predictor learns from.
+        self._members[self._names[worker]].load = load if self._system.learns else replace(load, steps=0)
         if load.others_prefills:
             # The rest of what stats say of load is in this proxy's ledger already.
             self._poke()
@@ -127,88 +132,116 @@ class Proxy:
     def reported(self, worker: int, events: Sequence[BlockEvent]) -> None:
         self._knowledge.reported(self._names[worker], events)
 
-    # ---- the life of a request
+    # The life of a request
 
-    def arrive(self, run: Run) -> None:
+    def arrive(self, number: int, request: Request, slo: Slo) -> None:
+        """`SequenceRun._turn`"""
+        run = self._run(number, request, slo)
         if self._gate is None:
-            self.dispatch(run)
-        else:
-            self._gate.put(run)
+            self._dispatch(run)
+            return
+        uncached, prefill_ms = least_work(run.foresight.view(run.output_tokens), request.input_tokens)
+        ticket = Ticket(
+            request_id=str(number),
+            arrived_s=self._clock.now_s,
+            deadline_s=self._clock.now_s + _PATIENCE_S,
+            prompt_tokens=request.input_tokens,
+            uncached_tokens=uncached,
+            output_tokens=run.output_tokens,
+            ttft_slo_ms=slo.ttft_ms,
+            prefill_ms=prefill_ms,
+        )
+        self._gate.enter(ticket, lambda: self._dispatch(run))
 
-    def dispatch(self, run: Run) -> None:
-        """Decide, and send the prompt to whoever computes it."""
-        served, now_s = run.served, self._clock.now_s
-        served.hold_s = now_s - served.arrived_s
-        decision = run.decision = self._decide(run, self._wish(run))
+    def _run(self, number: int, request: Request, slo: Slo) -> Run:
+        """The prompt's second block tells its conversation: the first is often common to all."""
+        keys = request.keys[: reusable(request)]
+        unloaded_s = PREFILL.unloaded_s(request.input_tokens)
+        joined = b"".join(keys)
+        foresight = Foresight(
+            range(request.input_tokens),
+            _Keys(joined),  # type: ignore[arg-type]
+            self.fleet,
+            None,  # type: ignore[arg-type]
+            self._clock,
+        )
+        return Run(
+            number,
+            request,
+            Served(self._clock.now_s, request.input_tokens, request.output_tokens, unloaded_s),
+            slo,
+            keys[1].hex() if len(keys) > 1 else "",
+            joined,
+            foresight,
+            self._lengths.expect(_NO_LIMIT),
+        )
+
+    def _dispatch(self, run: Run) -> None:
+        """`SequenceRun._prefilled`, or decode alone: decide, and send the prompt to whoever computes it."""
+        served, request = run.served, run.request
+        served.hold_s = self._clock.now_s - served.arrived_s
+        run.is_fresh = self._gate is not None and served.hold_s < _FRESH_S
+        decision = run.decision = self._decide(run, self._wish(run), afresh=not run.is_fresh)
         served.disaggregated = decision.prefill is not None
         served.worker = decision.prefill or decision.decode
-        worker = self._by_name[served.worker]
-        slot = self.fleet.columns.slot(served.worker)
-        uncached = decision.uncached_tokens
-        cached = run.request.input_tokens - uncached
-        ahead = self.fleet.times.work_ahead(slot, now_s)
-        output = 0 if served.disaggregated else self._wish(run).output_tokens
-        charge = self.fleet.ledger.charge(served.worker, (uncached, cached), output)
-        charge.__enter__()
+        worker = self._members[served.worker].worker
+        output = 0 if served.disaggregated else run.output_tokens
+        computing = run.foresight.compute_on(worker, output)
+        computing.__enter__()
         self._knowledge.dispatched(served.worker, run.keys)
+        leg = Leg(
+            request.keys,
+            request.input_tokens,
+            1 if served.disaggregated else request.output_tokens,
+            keeps_blocks=served.disaggregated,
+            on_first=lambda leg: self._first_token(run, leg, computing),
+            on_end=None if served.disaggregated else lambda leg: self._ended(run, leg, computing.charge),
+        )
+        self._send(served.worker, leg, run.foresight.uncached_tokens(worker))
 
-        def first(leg: Leg) -> None:
-            self._first_token(run, leg, charge)
-            own = prompt_features(leg.prompt_tokens - leg.cached, leg.cached)
-            if self._system.learns:
-                self.fleet.times.saw_prompt(slot, ahead + own, (leg.first_s - leg.arrived_s) * 1e3)
-            self._poke()
-
-        request = run.request
-        if served.disaggregated:
-            leg = Leg(request.keys, request.input_tokens, 1, keeps_blocks=True, on_first=first)
-        else:
-            leg = Leg(
-                request.keys,
-                request.input_tokens,
-                request.output_tokens,
-                on_first=first,
-                on_end=lambda leg: self._ended(run, leg, charge),
-            )
-        self._send(worker, leg, uncached)
-
-    def _first_token(self, run: Run, leg: Leg, charge: Charge) -> None:
+    def _first_token(self, run: Run, leg: Leg, computing: Computing) -> None:
+        """The answer of a prefill worker, or the first token of decode alone."""
         served, decision = run.served, run.decision
         assert decision is not None
+        took_ms = (leg.first_s - leg.arrived_s) * 1e3
         served.ttft_s = self._clock.now_s - served.arrived_s
         served.cached_tokens = leg.cached
         served.queue_s = leg.scheduled_s - leg.arrived_s
         served.compute_s = leg.first_s - leg.scheduled_s
-        predicted = decision.prediction
-        if predicted.ttft_ms:
-            served.prompt_guess = Guess(predicted.ttft_ms, (leg.first_s - leg.arrived_s) * 1e3)
+        if decision.prediction.ttft_ms:
+            served.prompt_guess = Guess(decision.prediction.ttft_ms, took_ms)
         self._knowledge.computed(served.worker, run.keys)
-        charge.computed()
-        if decision.prefill is None:
-            return
-        charge.__exit__(None, None, None)
-        if run.request.output_tokens > 1:
-            self._hand_over(run, leg, decision)
+        if self._system.learns:
+            computing.computed(leg.cached, took_ms)
         else:
-            self._workers[self._names.index(decision.prefill)].engine.release(leg)
-            self._done(run)
+            computing.charge.computed()
+        if served.disaggregated:
+            computing.__exit__(None, None, None)
+            if run.request.output_tokens > 1:
+                self._hand_over(run, leg, decision)
+            else:
+                self._workers[served.worker].engine.release(leg)
+                self._done(run)
+        self._poke()
 
-    def _hand_over(self, run: Run, prefilled: Leg, decision: Decision) -> None:
-        """To decode, which pulls the blocks."""
-        holder = decision.prefill
+    def _hand_over(self, run: Run, prefilled: Leg, pair: Decision) -> None:
+        """`SequenceRun._submitted`: to decode, which pulls the blocks."""
+        holder, decision = pair.prefill, pair
         assert holder is not None
         if self._system.binds_late:
-            request = replace(self._wish(run), may_prefill=False, kv_connector=CONNECTOR, held_by=holder)
-            decision = self._decide(run, request)
-        target = decision.decode
-        charge = self.fleet.ledger.charge(target, None, self._wish(run).output_tokens)
+            # The blocks are where they are: what the caches hold is not looked up again.
+            wish = replace(self._wish(run, 1), may_prefill=False, kv_connector=CONNECTOR, held_by=holder)
+            decision = self._decide(run, wish, afresh=False)
+        target, predicted = decision.decode, decision.prediction
+        charge = self.fleet.ledger.charge(target, None, max(1, run.output_tokens - 1))
         charge.__enter__()
-        slots = self.fleet.columns.slot(holder), self.fleet.columns.slot(target)
-        predicted_ms = decision.prediction.transfer_ms or run_prediction(run)
+        if predicted.step_ms:
+            run.served.step_guess = Guess(predicted.step_ms, 1.0)
+        transfer_ms = predicted.transfer_ms or pair.prediction.transfer_ms
 
         def pulled(leg: Leg) -> None:
-            self._by_name[holder].engine.release(prefilled)
-            self._clock.after(self._network.message_s, self._pulled, run, leg, slots, predicted_ms)
+            self._workers[holder].engine.release(prefilled)
+            self._clock.after(self._network.message_s, self._pulled, run, leg, (holder, target), transfer_ms)
 
         leg = Leg(
             run.request.keys,
@@ -218,17 +251,16 @@ class Proxy:
             on_pulled=pulled,
             on_end=lambda leg: self._ended(run, leg, charge),
         )
-        if decision.prediction.step_ms:
-            run.served.step_guess = Guess(decision.prediction.step_ms, 1.0)
-        self._send(self._by_name[target], leg, 0)
+        self._send(target, leg, 0)
 
-    def _pulled(self, run: Run, leg: Leg, slots: tuple[int, int], predicted_ms: float) -> None:
+    def _pulled(self, run: Run, leg: Leg, pair: tuple[str, str], predicted_ms: float) -> None:
         moved, seen_ms = leg.prompt_tokens - leg.cached, leg.transfer_s * 1e3
         run.served.transfer_s = leg.transfer_s
         if predicted_ms:
             run.served.transfer_guess = Guess(predicted_ms, seen_ms)
-        if self._system.learns:
-            self.fleet.times.saw_transfer(*slots, moved, seen_ms)
+        if self._system.learns and moved:
+            prefill, decode = map(self.fleet.columns.slot, pair)
+            self.fleet.times.saw_transfer(prefill, decode, moved, seen_ms)
 
     def _ended(self, run: Run, leg: Leg, charge: Charge) -> None:
         charge.__exit__(None, None, None)
@@ -241,68 +273,44 @@ class Proxy:
             served.handoff_s = begun_s - (served.arrived_s + served.ttft_s)
             count, gap_s = served.gaps[0]
             served.gaps[:1] = [(1, gap_s + served.handoff_s), (count - 1, gap_s)]
-        if served.step_guess is None and run.decision is not None and run.decision.prediction.step_ms:
-            served.step_guess = Guess(run.decision.prediction.step_ms, 1.0)
-        if served.step_guess is not None and leg.output_tokens > 1:
-            mean_ms = decode_s / (leg.output_tokens - 1) * 1e3
-            served.step_guess = Guess(served.step_guess.predicted_ms, mean_ms)
-        else:
-            served.step_guess = None
+        predicted = run.decision.prediction.step_ms if run.decision is not None else 0.0
+        if served.step_guess is not None:
+            predicted = served.step_guess.predicted_ms
+        has_gaps = predicted > 0 and decode_s > 0
+        served.step_guess = Guess(predicted, decode_s * 1e3 / (leg.output_tokens - 1)) if has_gaps else None
         self._done(run)
 
     def _done(self, run: Run) -> None:
         run.served.ended_s = self._clock.now_s
         run.served.ends += 1
+        self._lengths.saw(run.request.output_tokens)
         self._on_served(run.served)
         self._poke()
 
-    # ---- how
+    # How
 
-    def _room_in_ms(self) -> float:
-        slots, prefills, decodes = self.fleet.usable_slots()
-        computing = slots[prefills] if prefills.any() else slots[decodes]
-        backlog_ms = self.fleet.times.backlog_ms(computing, self._clock.now_s)
-        return max(0.0, float(backlog_ms.min()) - self._lookahead_ms)
-
-    def _least_prefill(self, run: Run) -> tuple[int, float]:
-        view = self.fleet.view(self.fleet.forecast(lambda size: run.keys), run.prompt_tokens, 128)
-        row = int(np.argmin(np.where(view.prefills, view.times.prefill_ms, np.inf)))
-        return run.prompt_tokens - int(view.cached_tokens[row]), float(view.times.prefill_ms[row])
-
-    def _wish(self, run: Run) -> SchedulingRequest:
+    def _wish(self, run: Run, generated: int = 0) -> SchedulingRequest:
         return SchedulingRequest(
-            prompt_tokens=run.request.input_tokens,
+            prompt_tokens=run.request.input_tokens + generated,
+            output_tokens=max(1, run.output_tokens - generated),
             slo=run.slo,
             waited_ms=(self._clock.now_s - run.served.arrived_s) * 1e3,
             session=run.session,
         )
 
-    def _decide(self, run: Run, request: SchedulingRequest) -> Decision:
+    def _decide(self, run: Run, request: SchedulingRequest, *, afresh: bool) -> Decision:
+        """`SequenceRun._decide`"""
         began = time.perf_counter()
-        view = self.fleet.view(self.fleet.forecast(lambda size: run.keys), request.prompt_tokens, request.output_tokens)
+        generated = request.prompt_tokens - run.request.input_tokens
+        view = run.foresight.view(request.output_tokens, generated, afresh=afresh)
         decision = self._policy.choose(request, view)
         self.decision_s.append(time.perf_counter() - began)
         return decision
 
-    def _send(self, worker: Worker, leg: Leg, uncached_tokens: int) -> None:
+    def _send(self, worker_id: str, leg: Leg, uncached_tokens: int) -> None:
+        worker = self._workers[worker_id]
         self._clock.after(self._network.message_s, worker.take, leg, self._number, uncached_tokens)
 
     def _poke(self) -> None:
         if self._gate is not None:
             self._gate.poke()
-
-
-def worker_name(worker: Worker) -> str:
-    return f"{'p' if worker.role is Role.PREFILL else 'd'}{worker.number}"
-
-
-def run_prediction(run: Run) -> float:
-    return run.decision.prediction.transfer_ms if run.decision is not None else 0.0
-
-
-def run_of(number: int, request: Request, now_s: float, slo: Slo) -> Run:
-    """A request that arrives now. Its second block tells its conversation: the first is often common to all."""
-    keys = request.keys[: reusable(request)]
-    served = Served(now_s, request.input_tokens, request.output_tokens, PREFILL.unloaded_s(request.input_tokens))
-    session = keys[1].hex() if len(keys) > 1 else ""
-    return Run(number, request, served, slo, session, b"".join(keys))

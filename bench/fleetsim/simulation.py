@@ -4,15 +4,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tracereplay.trace import Request
+
 from fleetsim.clock import Clock
 from fleetsim.constants import DECODE, PREFILL, EngineModel
-from fleetsim.proxy import Proxy, run_of
+from fleetsim.proxy import Proxy
 from fleetsim.record import Served
 from fleetsim.slo import FIXED, Promise
 from fleetsim.systems import System
 from fleetsim.worker import Network, Worker
 from omni_proxy.fleet import Role
-from tracereplay.trace import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ def simulate(scene: Scene, system: System, requests: Sequence[Request]) -> Run:
     for number, request in enumerate(requests):
         at_s = request.at_s - start_s + rng.uniform(0, scene.spread_s)
         last_s = max(last_s, at_s)
-        clock.at(at_s, _arrive, proxies[rng.randrange(scene.proxies)], number, request, scene.promise, clock)
+        proxy = proxies[rng.randrange(scene.proxies)]
+        clock.at(at_s, proxy.arrive, number, request, scene.promise.of(request.input_tokens))
     clock.run()
     return Run(
         served=served,
@@ -85,10 +87,6 @@ def simulate(scene: Scene, system: System, requests: Sequence[Request]) -> Run:
         charged=sum(proxy.fleet.ledger.total_requests for proxy in proxies),
         decision_s=[took_s for proxy in proxies for took_s in proxy.decision_s],
     )
-
-
-def _arrive(proxy: Proxy, number: int, request: Request, promise: Promise, clock: Clock) -> None:
-    proxy.arrive(run_of(number, request, clock.now_s, promise.of(request.input_tokens)))
 
 
 def _workers(clock: Clock, scene: Scene) -> list[Worker]:

@@ -9,7 +9,9 @@ from omni_proxy.scheduling.interfaces import Policy
 from omni_proxy.scheduling.policies import POLICIES, policy_of
 from omni_proxy.scheduling.times import Priors
 
-PATIENT = FlowSettings(max_requests=1_000_000, max_bytes=1 << 40, ttl_s=3600.0)
+PATIENT = FlowSettings(
+    max_requests=1_000_000, max_bytes=1 << 40, max_tenant_requests=1_000_000, max_tenant_bytes=1 << 40, ttl_s=1e6
+)
 """The product's defaults, but nothing is refused or expires: every request is counted."""
 
 

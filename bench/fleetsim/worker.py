@@ -9,15 +9,16 @@ from typing import Protocol
 
 from fleetsim.clock import Clock
 from fleetsim.constants import EngineModel
-from fleetsim.engine import Engine, Leg, Stats
+from fleetsim.engine import Engine
+from fleetsim.leg import Leg, Stats
 from omni_engine.ports import BlockEvent
 from omni_proxy.fleet import Load, Role
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Seconds. Stats are of the moment in which they arrive. Each worker publishes block events each `publish_s` at a phase of its own; they arrive `events_s` later,
-    half to one and a half of it."""
+    """Seconds. Stats are of the moment in which they arrive. Each worker publishes block events each `publish_s` at a
+    phase of its own; they arrive `events_s` later, half to one and a half of it."""
 
     message_s: float = 0.001
     stats_s: float = 0.05
@@ -52,6 +53,7 @@ class Worker:
         self, clock: Clock, number: int, role: Role, model: EngineModel, network: Network, seed: int, slow: float
     ) -> None:
         self.number, self.role, self.model = number, role, model
+        self.name = f"{'p' if role is Role.PREFILL else 'd'}{number:02}"
         self._clock, self._network = clock, network
         self._rng = random.Random(f"{seed}/{number}")
         self.engine = Engine(clock, model, random.Random(f"{seed}/{number}/steps"), self._changed, slow)
@@ -63,6 +65,7 @@ class Worker:
         self._arrived_s = 0.0
         self._ticking = False
         self._told_idle = True
+        self._told = -1
         self._busy = 0
 
     def connect(self, listeners: Sequence[Listener]) -> None:
@@ -105,9 +108,11 @@ class Worker:
         return ended
 
     def _tick(self) -> None:
-        """Stats arrive, as of now; two after the last work is done, then none until there is more."""
-        for listener, load in zip(self._listeners, self._loads(), strict=True):
-            listener.loaded(self.number, load)
+        """Stats arrive, as of now, unless they would repeat the last ones. After the last work they end."""
+        if self.engine.decodes or self._told != self.engine.changes or len(self._listeners) > 1:
+            self._told = self.engine.changes
+            for listener, load in zip(self._listeners, self._loads(), strict=True):
+                listener.loaded(self.number, load)
         if self._busy:
             self._told_idle = False
         elif self._told_idle:

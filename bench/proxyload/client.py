@@ -1,14 +1,18 @@
 """The load process: `python -m proxyload.client < plan.json`; closed-loop streams over HTTP that cost little to read.
 
+A stream's next request follows its last answer at once, or after a random time of at most `think_s`.
+
 It prints one JSON object per line: `{"mark": "begin"}` and `{"mark": "end"}` around the measured window, then what it
 saw. Every answer's length is checked, and the whole text of each stream's first one. Latencies in ms, of the window.
 """
 
 import asyncio
 import json
+import random
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,7 +20,10 @@ import uvloop
 from sidebyside.wire import BadAnswer, post
 
 _TOKEN = b'"delta":{"content":'
-_LAST = b"0\r\n\r\n"
+_OK = b"HTTP/1.1 200"
+_EVENT_END = b"\n\n\r\n"
+_LAST = b"\r\n0\r\n\r\n"
+_TAIL = 1024
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 _CHUNK_BORDER = re.compile(rb"(?:^|\r\n)[0-9a-f]+\r\n")
 
@@ -39,7 +46,7 @@ class Seen:
 
 
 class Stream(asyncio.Protocol):
-    """One kept-alive connection; the next request follows the last answer at once."""
+    """One kept-alive connection with one request at a time."""
 
     def __init__(self, plan: "Plan", seen: Seen, failed: asyncio.Future[None]) -> None:
         self._plan = plan
@@ -47,6 +54,7 @@ class Stream(asyncio.Protocol):
         self._failed = failed
         self._transport: asyncio.Transport | None = None
         self._rest = b""
+        self._tail = b""
         self._first: list[bytes] | None = []
         self._has_status = False
         self._events = 0
@@ -66,6 +74,13 @@ class Stream(asyncio.Protocol):
             self._sent_s = time.perf_counter()
             self._transport.write(self._plan.request)
 
+    def begin(self) -> None:
+        """Send when the time has come."""
+        if think_s := self._plan.think():
+            asyncio.get_running_loop().call_later(think_s, self.send)
+        else:
+            self.send()
+
     def close(self) -> None:
         transport, self._transport = self._transport, None
         if transport is not None:
@@ -75,19 +90,20 @@ class Stream(asyncio.Protocol):
         now = time.perf_counter()
         if self._rest:
             data, self._rest = self._rest + data, b""
-        if not data.endswith(b"\r\n"):  # within a chunk
-            whole = data.rfind(b"\n\n\r\n") + 4 if b"\n\n\r\n" in data else 0
-            data, self._rest = data[:whole], data[whole:]
-        if not self._has_status:
-            self._has_status = bool(data)
-            if data and not data.startswith(b"HTTP/1.1 200"):
+        if not self._has_status and len(data) >= len(_OK):
+            self._has_status = True
+            if not data.startswith(_OK):
                 self._fail(data[:500].decode(errors="replace"))
+        if not data.endswith(b"\r\n"):  # within an event
+            _, end, self._rest = data.rpartition(_EVENT_END)
+            data = data[: len(data) - len(self._rest)] if end else b""
         if self._first is not None:
             self._first.append(data)
         if fresh := data.count(_TOKEN):
             self._note(now, fresh)
-        if data.endswith(_LAST):
-            self._finish(data)
+        self._tail = (self._tail + data)[-_TAIL:]
+        if self._tail.endswith(_LAST):
+            self._finish(self._tail)
 
     def _note(self, now: float, fresh: int) -> None:
         seen = self._seen
@@ -101,11 +117,12 @@ class Stream(asyncio.Protocol):
                 seen.ttft_ms.append((now - self._sent_s) * 1e3)
         self._last_s = now
 
-    def _finish(self, data: bytes) -> None:
+    def _finish(self, end: bytes) -> None:
+        self._tail = b""
         seen = self._seen
-        usage = _COMPLETION_TOKENS.search(data)
+        usage = _COMPLETION_TOKENS.search(end)
         if usage is None:
-            self._fail(f"no usage in the last read: {data[-300:]!r}")
+            self._fail(f"no usage at the end: {end[-300:]!r}")
             return
         tokens = int(usage[1])
         seen.answers += 1
@@ -116,7 +133,7 @@ class Stream(asyncio.Protocol):
             is_wrong |= text_of(b"".join(self._first)) != self._plan.text
             self._first = None
         seen.wrong_answers += is_wrong
-        self.send()
+        self.begin()
 
     def _fail(self, reason: str) -> None:
         if not self._failed.done():
@@ -130,6 +147,13 @@ class Plan:
     request: bytes
     max_tokens: int
     text: str
+    think: Callable[[], float]
+
+
+def thinking(duties: dict[str, Any]) -> Callable[[], float]:
+    """Seconds until a next request: uniform, the same in every run."""
+    draw, most_s = random.Random(1), duties["think_s"]
+    return lambda: draw.uniform(0.0, most_s)
 
 
 def plan_of(duties: dict[str, Any]) -> Plan:
@@ -144,7 +168,7 @@ def plan_of(duties: dict[str, Any]) -> Plan:
         "stream_options": {"include_usage": True},
     }
     request = post(duties["host"], "/v1/chat/completions", json.dumps(body).encode())
-    return Plan(request, duties["max_tokens"], duties["text"])
+    return Plan(request, duties["max_tokens"], duties["text"], thinking(duties))
 
 
 def text_of(answer: bytes) -> str:
@@ -170,23 +194,23 @@ async def _run(duties: dict[str, Any]) -> dict[str, Any]:
 
     streams = await asyncio.gather(*(connected() for _ in range(duties["streams"])))
     for stream in streams:
-        stream.send()
+        stream.begin()
     await asyncio.wait({failed}, timeout=duties["warm_s"])
-    _print({"mark": "begin"})
+    say({"mark": "begin"})
     cpu_s = time.process_time()
     seen.begin_s = time.perf_counter()
     await asyncio.wait({failed}, timeout=duties["measure_s"])
     seen.end_s = time.perf_counter()
     cpu_s = time.process_time() - cpu_s
-    _print({"mark": "end"})
+    say({"mark": "end"})
     for stream in streams:
         stream.close()
     if failed.done():
         failed.result()
-    return _result(seen, cpu_s)
+    return result_of(seen, cpu_s)
 
 
-def _result(seen: Seen, cpu_s: float) -> dict[str, Any]:
+def result_of(seen: Seen, cpu_s: float) -> dict[str, Any]:
     tokens_per_event = seen.answer_tokens / seen.answer_events if seen.answer_events else 1.0
     return {
         "window_s": seen.end_s - seen.begin_s,
@@ -211,7 +235,7 @@ def spread(values: list[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _print(message: dict[str, Any]) -> None:
+def say(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
@@ -221,7 +245,7 @@ def main() -> None:
         result = uvloop.run(_run(duties))
     except (BadAnswer, OSError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}
-    _print(result)
+    say(result)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ class Running:
         self.wake.set()
 
     @property
+    def has_any(self) -> bool:
+        return bool(self._produced)
+
+    @property
     def has_fresh(self) -> bool:
         return bool(self._fresh)
 
@@ -62,9 +66,9 @@ class Running:
         starts = [decode_pb.SequenceStart(stream_id=stream_id) for stream_id in fresh]
         return self._frame(frame, fresh, starts)
 
-    def step(self, frame: int) -> decode_pb.SessionResponse | None:
+    def step(self, frame: int) -> decode_pb.SessionResponse:
         """One token of every running sequence."""
-        return self._frame(frame, list(self._produced), ()) if self._produced else None
+        return self._frame(frame, list(self._produced), ())
 
     def _frame(self, frame: int, stream_ids: list[int], starts: Any) -> decode_pb.SessionResponse:
         tokens, produced, ends = self._tokens, self._produced, self._ends
@@ -135,31 +139,21 @@ class SimulatedWorker(
         frame, due_s = 0, loop.time()
         while True:
             running.wake.clear()
-            if frame - running.acked < FRAME_WINDOW:
-                if running.has_fresh:
-                    frame += 1
-                    yield running.first_tokens(frame)
-                    continue
-                if loop.time() >= due_s and (response := running.step(frame + 1)) is not None:
-                    frame += 1
-                    due_s = max(due_s + self._step_s, loop.time())
-                    yield response
-                    # A yield alone need not let the reader run.
-                    await asyncio.sleep(0)
-                    continue
-            await _wait(running.wake, due_s - loop.time())
-
-
-async def _wait(wake: asyncio.Event, timeout_s: float) -> None:
-    if timeout_s <= 0:
-        await wake.wait()
-        return
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(timeout_s, wake.set)
-    try:
-        await wake.wait()
-    finally:
-        timer.cancel()
+            if not running.has_any or frame - running.acked >= FRAME_WINDOW:
+                await running.wake.wait()
+            elif running.has_fresh:
+                frame += 1
+                yield running.first_tokens(frame)
+            elif (early_s := due_s - loop.time()) > 0:
+                timer = loop.call_later(early_s, running.wake.set)
+                await running.wake.wait()
+                timer.cancel()
+            else:
+                frame += 1
+                due_s = max(due_s + self._step_s, loop.time())
+                yield running.step(frame)
+                # A yield alone need not let the reader run.
+                await asyncio.sleep(0)
 
 
 async def _read(requests: Any, running: Running) -> None:

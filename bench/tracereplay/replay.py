@@ -8,9 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from omni_engine.ports import BlockEvent
 from omni_proxy.scheduling.forecast import Forecast
-from omni_proxy.scheduling.policy import Candidate, SchedulingRequest, uncached_tokens_in_flight
+from omni_proxy.scheduling.policies.legs import first
+from omni_proxy.scheduling.policies.load import tokens_to_compute
+from omni_proxy.scheduling.request import SchedulingRequest
+from omni_proxy.scheduling.view import WorkerRow, view_of
 from tracereplay.knowledge import VARIANTS, Knowledge
 from tracereplay.trace import Request, reusable
 from tracereplay.worker import Job, TimeModel, Worker
@@ -145,8 +150,8 @@ class Replay:
         forecast_of = proxy.forecasts(request.keys[: reusable(request)])
         wish = SchedulingRequest(request.input_tokens)
         candidates = [self._candidate(number, forecast_of(number)) for number in range(self._scene.workers)]
-        costs = [uncached_tokens_in_flight(wish, candidate).value for candidate in candidates]
-        chosen = min(range(self._scene.workers), key=lambda number: (costs[number], number))
+        view, everyone = view_of(candidates), np.arange(self._scene.workers)
+        chosen = first(view, everyone, tokens_to_compute(wish, view, everyone))
         prefilled = partial(self._prefilled, chosen, proxy)
         job = Job(request, self._clock.now_s, candidates[chosen].cached_tokens, prefilled)
         self._positions.update(zip(request.keys, range(len(request.keys)), strict=True))
@@ -156,11 +161,10 @@ class Replay:
         proxy.dispatched(chosen, request.keys)
         self._workers[chosen].take(job)
 
-    def _candidate(self, number: int, forecast: Forecast) -> Candidate:
-        return Candidate(
-            str(number),
+    def _candidate(self, number: int, forecast: Forecast) -> WorkerRow:
+        return WorkerRow(
+            f"{number:06}",
             prefills=True,
-            decodes=False,
             cached_tokens=forecast.cached_tokens,
             expected_tokens=forecast.expected_tokens,
             own_requests=self._requests[number],

@@ -16,6 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from opentelemetry.trace import NoOpTracer
 from prometheus_client import CollectorRegistry
@@ -23,7 +24,7 @@ from prometheus_client import CollectorRegistry
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import virtual_loop  # noqa: E402
-from sim_worker import SimWorker  # noqa: E402
+from sim_worker import Pulls, SimWorker  # noqa: E402
 
 from omni_common.errors import OmniError  # noqa: E402
 from omni_common.key_cache import KeyCache  # noqa: E402
@@ -32,10 +33,16 @@ from omni_engine.ports import SamplingParams  # noqa: E402
 from omni_engine.sim import SimSettings, Timing  # noqa: E402
 from omni_engine.sim.tokens import TokenStream  # noqa: E402
 from omni_proxy.fleet import Fleet, Role  # noqa: E402
+from omni_proxy.flow.gate import FlowGate  # noqa: E402
+from omni_proxy.flow.metrics import FlowMetrics  # noqa: E402
+from omni_proxy.flow.queue import FlowQueue  # noqa: E402
+from omni_proxy.flow.settings import FlowSettings  # noqa: E402
+from omni_proxy.hedging import Hedging, HedgingSettings  # noqa: E402
 from omni_proxy.lifecycle import SequenceRun  # noqa: E402
 from omni_proxy.metrics import Metrics  # noqa: E402
 from omni_proxy.prompt_keys import PromptKeys  # noqa: E402
 from omni_proxy.replica import Replica  # noqa: E402
+from omni_proxy.room import FleetRoom  # noqa: E402
 from omni_proxy.sampling import Sampling  # noqa: E402
 from omni_proxy.scheduling.cost import CostPolicy  # noqa: E402
 from omni_proxy.scheduling.forecast import LoadCost  # noqa: E402
@@ -45,6 +52,7 @@ from omni_proxy.tracing import RequestTrace  # noqa: E402
 MODEL = "sim"
 REQUEST_TIMEOUT_S = 120.0
 QUIET_S = 60
+LASTS_S = (0.5, 12.0)
 LOAD_COSTS = {tier: LoadCost(0.0, 1.0) for tier in ("host", "disk", "remote")}
 FAULTS = {"die": 20, "stop": 25, "slow": 20, "pulls": 10, "prefills": 10, "break": 10, "events": 5}
 SETTINGS = SimSettings(
@@ -75,6 +83,7 @@ class Result:
     leaks: list[str] = field(default_factory=list)
     retries: int = 0
     resumes: int = 0
+    hedged: int = 0
 
 
 class FleetChaos:
@@ -83,17 +92,28 @@ class FleetChaos:
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
         self._now = asyncio.get_running_loop().time
-        metrics = Metrics(CollectorRegistry())
+        registry = CollectorRegistry()
+        metrics = Metrics(registry)
         replica = Replica(lambda: PrefixIndex(max_blocks=1 << 20), 2.0, metrics.prefix)
         self.fleet = Fleet(MODEL, replica, LOAD_COSTS, now=self._now)
         keys = PromptKeys(MODEL, KeyCache(1 << 24), metrics.prefix)
-        self.scheduler = Scheduler(self.fleet, CostPolicy(), metrics, MODEL, Limits(8, 10.0), keys, OutputLengths())
+        flow = FlowSettings.model_validate({})
+        self._queue = FlowQueue(flow)
+        gate = FlowGate(self._queue, FleetRoom(self.fleet, flow.lookahead_ms), FlowMetrics(registry))
+        hedging = Hedging(HedgingSettings.model_validate({"enabled": True, "budget_ratio": 0.1}))
+        self.scheduler = Scheduler(
+            self.fleet, CostPolicy(), metrics, MODEL, Limits(8, 10.0), keys, OutputLengths(), gate, hedging=hedging
+        )
         half = scenario.workers // 2
         roles = [Role.PREFILL] * half + [Role.DECODE] * (scenario.workers - half)
         self.workers = [SimWorker(f"w{i}", role, MODEL, SETTINGS, self.fleet) for i, role in enumerate(roles)]
         self.result = Result()
 
     async def run(self) -> Result:
+        with patch("omni_engine.sim.engine.open_pull", Pulls(self.workers).open):
+            return await self._run()
+
+    async def _run(self) -> Result:
         for worker in self.workers:
             await worker.start()
         try:
@@ -143,6 +163,7 @@ class FleetChaos:
         self.result.outcomes[outcome] += 1
         self.result.retries += run.record.retries
         self.result.resumes += run.record.resumes
+        self.result.hedged += run.record.is_hedged
 
     async def _faults(self) -> None:
         rng = random.Random(self._scenario.seed + 1)
@@ -151,7 +172,7 @@ class FleetChaos:
             while self._now() < end:
                 await asyncio.sleep(rng.expovariate(self._scenario.fault_rate))
                 kind = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
-                worker, lasts_s = rng.choice(self.workers), rng.uniform(0.5, 5.0)
+                worker, lasts_s = rng.choice(self.workers), rng.uniform(*LASTS_S)
                 if worker.engine is not None and worker.clock.flows.is_set():
                     self.result.faults[kind] += 1
                     lasting.create_task(self._inflict(worker, kind, lasts_s))
@@ -193,6 +214,7 @@ class FleetChaos:
 
     def _held(self) -> list[str]:
         found = [f"ledger: {self.fleet.ledger.total_requests} requests"] if self.fleet.ledger.total_requests else []
+        found += [f"queue: {len(self._queue)} requests"] if len(self._queue) else []
         for worker in self.workers:
             own = self.fleet.ledger.of(worker.id)
             if own.requests or own.prefills or own.uncached_tokens or own.output_tokens:

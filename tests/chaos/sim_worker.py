@@ -13,10 +13,12 @@ from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.sim import SimEngine, SimSettings
 from omni_proxy.feed import End, Feed
 from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
+from omni_proxy.health import STALLED
 from omni_proxy.ports import FinishReason, KvHandle, PrefillAnswer, PrefillOrder, SequenceStart, Submission
 from omni_proxy.ports import Timings as ProxyTimings
 from omni_proxy.replica import Action, BlockChange, Holder
 from omni_proxy.sampling import Sampling
+from omni_proxy.stalls import TICK_S, StallWatch
 
 STATS_S = 0.1
 HBM = 1
@@ -37,6 +39,42 @@ class GatedClock:
         await self.flows.wait()
 
 
+class _Pull:
+    """A pull in progress: the holder keeps the lease until this is closed."""
+
+    def __init__(self, holder: "SimWorker", lease_id: str, num_tokens: int) -> None:
+        self._holder, self._engine, self._lease_id = holder, holder.engine, lease_id
+        self.num_tokens = num_tokens
+
+    async def close(self) -> None:
+        if self._engine is not None and self._engine is self._holder.engine:
+            await self._engine.release(self._lease_id)
+
+
+class Pulls:
+    """Stands in for the engines' sockets, which virtual time would not wait for."""
+
+    def __init__(self, workers: Sequence["SimWorker"]) -> None:
+        self._workers = workers
+
+    async def open(self, handle: engine_ports.KvHandle, timeout_s: float) -> _Pull:
+        """`omni_engine.sim.transfer.open_pull`, in process."""
+        engine_id = handle.engine_id
+        holder = next((w for w in self._workers if w.engine is not None and w.engine.info.engine_id == engine_id), None)
+        try:
+            async with asyncio.timeout(timeout_s):
+                if holder is not None:
+                    await holder.clock.flows.wait()
+        except TimeoutError:
+            raise Unavailable("the holder did not answer", reason="pull_failed") from None
+        if holder is None or holder.engine is None or holder.engine.info.engine_id != engine_id:
+            raise Unavailable("the holder is gone", reason="pull_failed")
+        num_tokens = holder.engine._leases.pin(handle.lease_id)
+        if num_tokens is None:
+            raise Unavailable("the holder has no such lease", reason="pull_failed")
+        return _Pull(holder, handle.lease_id, num_tokens)
+
+
 class SimWorker:
     """Both ports of one worker. `start` again after `die` begins a new epoch."""
 
@@ -49,6 +87,7 @@ class SimWorker:
         self._sent: set[asyncio.Task[Any]] = set()
         self._living: list[asyncio.Task[None]] = []
         self.clock = GatedClock()
+        self.watch = StallWatch(fleet.health.settings)
         self.ready = False
         self.engine: SimEngine | None = None
         self.member: Member | None = None
@@ -68,7 +107,9 @@ class SimWorker:
         self.ready = self.member.is_reachable = True
         self._fleet.put(self.member)
         self._fleet.replica.join(Holder(self.id, self._epoch))
-        self._living = [asyncio.create_task(self._tell_load()), asyncio.create_task(self._tell_blocks(self.engine))]
+        self.watch = StallWatch(self._fleet.health.settings)
+        living = (self._tell_load(), self._tell_blocks(self.engine), self._look_after())
+        self._living = [asyncio.create_task(life) for life in living]
 
     async def die(self) -> None:
         """As a killed process: nothing is said any more, and nothing it held is left."""
@@ -101,6 +142,10 @@ class SimWorker:
             self._abort(request_id)
 
     # PrefillPort
+
+    @property
+    def is_silent(self) -> bool:
+        return self.watch.is_silent
 
     async def prefill(self, order: PrefillOrder, timeout_s: float, headers: Mapping[str, str]) -> PrefillAnswer:
         engine = self._alive()
@@ -147,6 +192,7 @@ class SimWorker:
             uncached_tokens=submission.uncached_tokens,
         )
         self._feeds[job.request_id] = feed
+        self.watch.owes(submission.predicted_ms / 1e3)
         self._spawn(self._submitted(job, feed))
         return feed
 
@@ -171,6 +217,7 @@ class SimWorker:
                 feed.finish(End(error=error, rejected=True))
 
     def _on_step(self, outputs: Sequence[engine_ports.SequenceOutput]) -> None:
+        self.watch.came()
         for output in outputs:
             feed = self._feeds.get(output.request_id)
             if feed is None:
@@ -189,12 +236,22 @@ class SimWorker:
             is_end = reason in (FinishReason.STOP, FinishReason.LENGTH)
             feed.finish(End(reason, None if is_end else Unavailable("the engine failed", reason="engine_error")))
 
+    async def _look_after(self) -> None:
+        """The proxy's side of the connection, as `WorkerLink` has it."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            assert self.member is not None
+            if self.watch.tick(bool(self._feeds), self.member.load.step_ms / 1e3):
+                self._fleet.health.silence(self.id, self._fleet.now())
+                self.break_session(STALLED)
+
     # What it tells
 
     async def _tell_load(self) -> None:
         while True:
             await self.clock.sleep(STATS_S)
             assert self.engine is not None and self.member is not None
+            self.watch.reported()
             stats = self.engine.stats()
             self.member.load = Load(
                 running=stats.running, waiting=stats.waiting, queued_tokens=stats.queued_tokens,

@@ -167,7 +167,8 @@ def test_mounted_files_exist() -> None:
 def test_dashboard_reads_metrics_that_exist() -> None:
     dashboard = json.loads((ROOT / "deploy/observability/grafana/omni.json").read_text())
     expressions = " ".join(t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", ()))
-    sources = [*ROOT.glob("services/*/src/*/metrics.py"), *ROOT.glob("libs/engine/src/omni_engine/hosting/metrics.py")]
+    files = ("services/*/src/*/metrics.py", "services/*/src/*/phases.py", "libs/engine/src/*/hosting/metrics.py")
+    sources = [path for pattern in files for path in ROOT.glob(pattern)]
     defined = {n.removesuffix("_total") for p in sources for n in re.findall(r'"(omni_\w+)"', p.read_text())}
     used = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in re.findall(r"omni_\w+", expressions)}
     assert used - defined == set()

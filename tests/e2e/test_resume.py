@@ -20,7 +20,7 @@ from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
 pytestmark = [pytest.mark.engine, pytest.mark.stack, pytest.mark.timeout(600)]
 
 SMALL = ("--kv-cache-gib", "0.25", "--max-model-len", "4096")
-TOKENS = 240
+TOKENS = 800
 BEFORE_THE_KILL = 40
 # bf16 keeps 8 bits: another order of summation may choose differently between tokens as close as this.
 NEAR_TIE = 0.25
@@ -96,10 +96,10 @@ def takes_work(stack: LiveStack, name: str) -> bool:
     return any(w["takes_work"] for w in workers if w["id"].endswith(name))
 
 
-def counter(stack: LiveStack, line: str) -> float:
+def counter(stack: LiveStack, name: str, label: str = "") -> float:
     with stack.client() as http:
-        page = http.get("/metrics").text
-    return sum(float(row.rpartition(" ")[2]) for row in page.splitlines() if row.startswith(line))
+        rows = http.get("/metrics").text.splitlines()
+    return sum(float(row.rpartition(" ")[2]) for row in rows if row.startswith(name) and label in row)
 
 
 def reference(stack: LiveStack, request: dict[str, Any]) -> dict[str, Any]:
@@ -109,19 +109,26 @@ def reference(stack: LiveStack, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(kind: str, told: Told, choice: dict[str, Any]) -> None:
-    """The same text up to the first near-tie, which greedy sampling over bf16 cannot avoid."""
+    """The same text, or the same up to a near-tie, which greedy sampling over bf16 cannot avoid."""
     assert (told.error, told.is_done, told.finish, told.tokens) == (None, True, "length", TOKENS), kind
-    logprobs, at = choice["logprobs"], 0
-    for token, best in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
-        if told.text[at : at + len(token)] != token:
-            ranked = sorted(best.values(), reverse=True)
-            margin = ranked[0] - ranked[1] if len(ranked) > 1 else 0.0
-            print(f"\n{kind}: differs at character {at}, margin {margin:.3f}")
-            assert margin < NEAR_TIE, f"{kind}: {told.text[at : at + 40]!r} for {choice['text'][at : at + 40]!r}"
-            return
-        at += len(token)
-    print(f"\n{kind}: all {TOKENS} tokens the same")
-    assert told.text == choice["text"]
+    same = common(told.text, choice["text"])
+    print(f"\n{kind}: {same} of {len(choice['text'])} characters the same")
+    if told.text != choice["text"]:
+        margin = margin_at(choice, same)
+        assert margin < NEAR_TIE, f"{kind}: {told.text[same : same + 40]!r} for {choice['text'][same : same + 40]!r}"
+
+
+def common(one: str, other: str) -> int:
+    """Characters that two texts have in common at their beginnings."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def margin_at(choice: dict[str, Any], character: int) -> float:
+    """The least log-probability between the two best tokens, of those about a character of the text."""
+    logprobs = choice["logprobs"]
+    index = max(i for i, offset in enumerate(logprobs["text_offset"]) if offset <= character)
+    rows = [sorted(best.values(), reverse=True) for best in logprobs["top_logprobs"][max(0, index - 1) : index + 2]]
+    return min((row[0] - row[1] for row in rows if len(row) > 1), default=0.0)
 
 
 def test_a_decode_worker_dies_and_the_streams_go_on(tmp_path: Path) -> None:
@@ -141,7 +148,9 @@ def test_a_decode_worker_dies_and_the_streams_go_on(tmp_path: Path) -> None:
         for kind, stream in told.items():
             check_same(kind, stream, references[kind])
         assert counter(stack, "omni_proxy_resumes_total") == len(KINDS)
-        assert stack.pid("decode-1")
+        replays = counter(stack, "omni_proxy_replays_total")
+        print(f"replays: {replays:.0f}, inexact: {counter(stack, 'omni_proxy_inexact_resumes_total'):.0f}")
+        assert replays == 2
 
 
 def test_a_prefill_worker_dies_at_work_and_another_computes_the_prompt(tmp_path: Path) -> None:
@@ -161,12 +170,8 @@ def test_a_prefill_worker_dies_at_work_and_another_computes_the_prompt(tmp_path:
         listener.result(120)
         assert (told.error, told.is_done) == (None, True)
         assert counter(stack, "omni_proxy_retries_total") == 1
-        assert counter(stack, 'omni_proxy_decisions_total{reason="disaggregated"}') == 1
+        assert counter(stack, "omni_proxy_decisions_total", '"disaggregated"') == 1
         choice = reference(stack, request)
-        assert told.text == choice["text"] or min_margin(choice) < NEAR_TIE
         assert told.tokens == len(choice["logprobs"]["tokens"])
-
-
-def min_margin(choice: dict[str, Any]) -> float:
-    ranked = [sorted(best.values(), reverse=True) for best in choice["logprobs"]["top_logprobs"]]
-    return min((row[0] - row[1] for row in ranked if len(row) > 1), default=0.0)
+        same = common(told.text, choice["text"])
+        assert told.text == choice["text"] or margin_at(choice, same) < NEAR_TIE

@@ -1,0 +1,1 @@
+"""A trace through running engines, one policy after another. Run `bench/replay.py`."""
