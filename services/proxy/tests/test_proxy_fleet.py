@@ -141,6 +141,15 @@ async def test_steps_are_learned_from_what_two_reports_differ_by(made: Fixture) 
     assert len(made.seen) == count, "no step, nothing to learn"
 
 
+async def test_the_steps_of_who_does_not_decode_teach_nothing(made: Fixture) -> None:
+    member = made.put("p", Role.PREFILL)
+    for number in range(1, 30):
+        member.load = Load(running=1, steps=10 * number, busy_ms=9000.0 * number)
+    assert made.seen == []
+    made.put("d", Role.DECODE)
+    assert made.view().times.step_ms[1] == pytest.approx(Priors().step[0] + Priors().step[1], rel=0.4)
+
+
 async def test_an_earlier_epoch_is_not_heard_any_more(made: Fixture) -> None:
     earlier = made.put("w")
     earlier.load = Load(running=9, steps=5000, busy_ms=1e5)

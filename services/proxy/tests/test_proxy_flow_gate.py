@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from omni_common.errors import DeadlineExceeded, OmniError, ResourceExhausted, Unavailable
 from omni_proxy.flow.gate import FlowGate, Turn
 from omni_proxy.flow.metrics import FlowMetrics, Release
+from omni_proxy.flow.pace import Pace
 from omni_proxy.flow.queue import FlowQueue
 from omni_proxy.flow.settings import BandSettings, FlowSettings
 from omni_proxy.flow.ticket import Ticket
@@ -297,6 +298,35 @@ async def test_cancelled_in_the_moment_of_release_the_place_goes_to_the_next():
         assert b.order[-1] == "a again"  # the turn not taken was given back
 
 
+async def test_who_goes_away_just_before_the_release_is_not_charged():
+    async with bench() as b:
+        gone = await b.ask("gone", "a", output_tokens=1000)
+        b.room.free = 1
+        gone.cancel()
+        b.gate._pass()  # its task has not run
+        await settle()
+        b.room.free = 0
+        await b.ask("a", "a")
+        await b.ask("b", "b")
+        await b.free(2)
+        assert b.order == ["a", "b"]
+
+
+def test_the_pace_follows_the_queue():
+    pace = Pace()
+    assert pace.gap_ms(7.0) == 7.0
+    for number in range(50):
+        pace.released(number * 0.1, was_backlog=True)
+    assert pace.gap_ms(7.0) == pytest.approx(100)
+    for number in range(50):
+        pace.released(5 + number, was_backlog=True)
+    assert pace.gap_ms(7.0) == pytest.approx(1000, rel=0.01)
+    pace.released(100, was_backlog=False)
+    before = pace.gap_ms(7.0)
+    pace.released(500, was_backlog=True)
+    assert pace.gap_ms(7.0) == before, "time in which nobody waited is no pace"
+
+
 async def test_too_long_a_wait_is_429_with_the_time_until_the_queue_is_empty():
     async with bench({"busy_until_s": 107}, ttl_s=5, max_hold_ms=1e5) as b:
         waiting = await b.ask("r", prefill_ms=10)
@@ -410,12 +440,12 @@ async def test_the_gate_asks_the_room_a_bounded_number_of_times():
         assert len(b.order) == 10 and b.room.asked - before <= 12
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 async def test_a_storm_of_aborts_leaks_nothing(seed):
     """Clients come, go away and are released in any order; at the end nothing waits and every place was used once."""
     rng = random.Random(seed)
-    async with bench(max_requests=400, ttl_s=0.5, max_hold_ms=100) as b:
-        for number in range(400):
+    async with bench(max_requests=200, ttl_s=0.5, max_hold_ms=100) as b:
+        for number in range(200):
             match rng.randrange(6):
                 case 0 | 1 | 2:
                     tenant, priority = f"t{rng.randrange(4)}", rng.choice([0, 0, 10, -10])

@@ -1,6 +1,7 @@
 """The queue: strict bands, fair tenants, orders, bounds; every ticket ends once."""
 
 import random
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -90,6 +91,32 @@ def test_the_tenant_that_had_least_goes_first_and_older_service_counts_less():
     for tenant in ("early", "late", "new"):
         queue.offer(ticket(tenant, tenant, uncached_tokens=1), 30)
     assert popped(queue, 30) == ["new", "early", "late"]
+
+
+def test_who_was_away_takes_turns_with_the_others_under_round_robin():
+    queue = queue_of(fairness="round_robin")
+    for number in range(30):
+        queue.offer(ticket(f"a{number}", "a"), 0)
+    for _ in range(20):
+        queue.pop(0)
+    for number in range(10):
+        queue.offer(ticket(f"b{number}", "b"), 0)
+    assert "".join(name[0] for name in popped(queue)[:8]) in ("abababab", "babababa")
+
+
+def test_aged_tenants_take_turns_while_newcomers_go_first():
+    """Both had much service before: each goes at least once in half a TTL."""
+    queue = queue_of(ttl_s=0.2, max_requests=10**6)
+    for tenant in ("old1", "old2"):
+        queue.pass_by(ticket("r", tenant, uncached_tokens=10**9), 0)
+        for number in range(40):
+            queue.offer(ticket(f"{number}", tenant), 0)
+    served: Counter[str] = Counter()
+    for number in range(100 + 20 * BAND_AGING):
+        now = 0.001 * number
+        queue.offer(ticket("n", f"new{number}", arrived=now), now)
+        served[queue.pop(now).tenant[:4]] += 1
+    assert served["old1"] == served["old2"] >= 5
 
 
 def test_settling_corrects_what_was_charged():
@@ -323,6 +350,20 @@ def test_what_is_remembered_of_tenants_and_ended_tickets_is_bounded():
         queue.offer(each, 0)
         queue.remove(each)
     assert sum(band.known_tenants for band in queue.bands) <= 1024
+
+
+def test_ended_tickets_and_void_places_take_no_memory():
+    queue = queue_of()
+    queue.offer(ticket("stays", "a", ttft_slo_ms=1e9), 0)
+    tracemalloc.start()
+    for number in range(4000):
+        passing = ticket(f"{number}", "a", ttft_slo_ms=1e9)
+        queue.offer(passing, 0)
+        queue.remove(passing)
+        queue.settle(passing, 1.0, 0)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 200_000
 
 
 def test_the_cost_of_a_step_does_not_grow_with_what_waits():

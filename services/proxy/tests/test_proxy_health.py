@@ -16,7 +16,8 @@ from omni_common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from omni_proxy.health import Cause, Health, HealthSettings, Outcome, State, outcome_of
+from omni_proxy.attempt import outcome_of
+from omni_proxy.health import Cause, Health, HealthSettings, Outcome, State
 from omni_proxy.hedging import Hedging, HedgingSettings
 
 GAP_S = 0.1
@@ -170,7 +171,10 @@ def test_a_worker_of_both_legs_counts_in_both():
         (2.9, 0.01, 10.0, False),
         (3.0, 0.01, 10.0, True),
         (3.0, 0.01, 1.0, False),
-        (12.0, 0.01, 1.0, True),
+        (59.0, 0.01, 1.0, False),
+        (60.0, 0.01, 1.0, True),
+        (79.0, 1.0, 1.0, False),
+        (80.0, 1.0, 1.0, True),
         (19.0, 1.0, 10.0, False),
         (20.0, 1.0, 10.0, True),
         (60.0, 100.0, 10.0, True),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from omni_proxy.health import HealthSettings
 from omni_proxy.stalls import TICK_S, StallWatch
 
-SETTINGS = HealthSettings(stall_min_s=3.0, silence_s=2.5, alive_factor=4.0, stall_factor=20.0)
+SETTINGS = HealthSettings(stall_min_s=3.0, silence_s=2.5, alive_factor=4.0, alive_min_s=20.0, stall_factor=20.0)
 
 
 def ticks_until_stuck(watch: StallWatch, step_s: float, *, reports: bool) -> float | None:
@@ -22,7 +22,7 @@ def ticks_until_stuck(watch: StallWatch, step_s: float, *, reports: bool) -> flo
 
 @pytest.mark.parametrize(
     ("step_s", "reports", "stuck_after_s"),
-    [(0.01, False, 3.0), (0.01, True, 12.0), (0.5, False, 10.0), (0.5, True, 40.0)],
+    [(0.01, False, 3.0), (0.01, True, 20.0), (0.5, False, 10.0), (0.5, True, 40.0)],
 )
 def test_late_is_a_multiple_of_what_was_foreseen(step_s, reports, stuck_after_s):
     assert ticks_until_stuck(StallWatch(SETTINGS), step_s, reports=reports) == stuck_after_s

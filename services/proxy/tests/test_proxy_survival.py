@@ -73,7 +73,7 @@ async def test_a_stream_leaves_a_decode_worker_that_has_gone_quiet(start, stream
 
 
 async def test_a_worker_that_reports_may_be_late_for_longer(start):
-    stack = await start("p d1 d2", quick(silence_s=100.0, alive_factor=100.0), hold_after=9)
+    stack = await start("p d1 d2", quick(silence_s=100.0), hold_after=9)
     plain = await undisturbed(stack)
     request = asyncio.create_task(answer(stack))
     async with asyncio.timeout(20):

@@ -152,6 +152,7 @@ def _steering(
     config, metrics, flow_metrics = live.value, ConfigMetrics(registry), FlowMetrics(registry)
     room = FleetRoom(fleet, config.flow.lookahead_ms)
     gate = FlowGate(FlowQueue(config.flow), room, flow_metrics)
+    fleet.subscribe(gate.poke)
     policy, tenants = LivePolicy(config), Tenants(config.tenants, config.slo.slo, flow_metrics)
     metrics.show(config)
 

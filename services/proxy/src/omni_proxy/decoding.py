@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from omni_common.errors import OmniError, Unavailable
+from omni_proxy.attempt import Attempt
 from omni_proxy.continuation import Continuation, continuation, resumes_by_replay, resumes_exactly
 from omni_proxy.course import FINAL, Course
 from omni_proxy.feed import End, Feed
 from omni_proxy.fleet import Member, Worker
 from omni_proxy.foresight import Computing
-from omni_proxy.health import Attempt
 from omni_proxy.ledger import Charge
 from omni_proxy.marks import Mark
 from omni_proxy.patience import patience

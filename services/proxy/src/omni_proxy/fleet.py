@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from omni_proxy.health import Attempt, Health, HealthSettings
+from omni_proxy.attempt import Attempt
+from omni_proxy.health import Health, HealthSettings
 from omni_proxy.ledger import Ledger
 from omni_proxy.ports import DecodePort, PrefillPort
 from omni_proxy.replica import Holder, Replica
@@ -162,6 +163,7 @@ class Fleet:
         self._model = model
         self._members: dict[str, Member] = {}
         self._changed = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
         self._load_costs = load_costs
         self.now = now
         self._usable: _Usable | None = None
@@ -192,8 +194,8 @@ class Fleet:
         self._members[worker.id] = member
         self.health.forget(worker.id)
         self.times.join(slot, _capacity(worker))
-        member.on_load = lambda before, load: self._loaded(slot, before, load)
-        self._loaded(slot, Load(), member.load)
+        member.on_load = lambda before, load: self._loaded(member, slot, before, load)
+        self._loaded(member, slot, Load(), member.load)
         if self._serves(member):
             self.replica.adopt(Holder(worker.id, worker.epoch))
         self.signal()
@@ -214,6 +216,12 @@ class Fleet:
         self._usable = None
         self._changed.set()
         self._changed = asyncio.Event()
+        for listener in self._listeners:
+            listener()
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call it whenever a worker comes, goes or changes state."""
+        self._listeners.append(listener)
 
     async def changed(self) -> None:
         """Until a worker came, went, or changed state; the caller bounds the wait."""
@@ -342,7 +350,7 @@ class Fleet:
     def _serves(self, member: Member) -> bool:
         return member.worker.model == self._model
 
-    def _loaded(self, slot: int, before: Load, load: Load) -> None:
+    def _loaded(self, member: Member, slot: int, before: Load, load: Load) -> None:
         columns = self.columns
         columns.running[slot] = load.running
         columns.waiting[slot] = load.waiting
@@ -353,7 +361,8 @@ class Fleet:
         columns.others_sequences[slot] = load.others_sequences
         columns.stats_at_s[slot] = self.now()
         steps = load.steps - before.steps
-        if steps > 0 and before.steps:
+        # A prefill worker's steps are prompts, and no example for who decodes.
+        if member.decodes and steps > 0 and before.steps:
             seen = self.times.saw_steps(
                 slot,
                 (before.running + load.running) / 2,

@@ -13,16 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from omni_common.errors import Code, OmniError
-
-STALLED = "stalled"
-"""Reason of the error that ends a leg on a worker gone quiet."""
-_REFUSALS = frozenset({"rejected", "draining", "loading"})
-"""Reasons of a worker that is well and takes no work."""
 
 
 class Outcome(StrEnum):
@@ -71,6 +63,7 @@ class HealthSettings(BaseModel):
     stall_max_s: float = Field(60.0, gt=0, description="And always after this")
     silence_s: float = Field(2.5, gt=0, description="Without load reports for this long, a late worker is stuck")
     alive_factor: float = Field(4.0, ge=1, description="Reporting ones may be late for so many times longer")
+    alive_min_s: float = Field(60.0, gt=0, description="And for this long at least")
 
     def patience_s(self, predicted_s: float) -> float:
         """How long a leg that is predicted to take `predicted_s` may take before it is late."""
@@ -79,18 +72,9 @@ class HealthSettings(BaseModel):
     def is_stuck(self, waited_s: float, predicted_s: float, silent_s: float) -> bool:
         """Nothing came for `waited_s` where `predicted_s` was foreseen, and no load report for `silent_s`."""
         patience_s = self.patience_s(predicted_s)
-        if silent_s >= self.silence_s:
-            return waited_s >= patience_s
-        return waited_s >= patience_s * self.alive_factor
-
-
-def outcome_of(error: OmniError) -> Outcome:
-    """Whose fault an error of a leg is."""
-    if error.reason in _REFUSALS or error.code in (Code.RESOURCE_EXHAUSTED, Code.FAILED_PRECONDITION):
-        return Outcome.REFUSAL
-    if error.code in (Code.UNAVAILABLE, Code.INTERNAL):
-        return Outcome.FAILURE
-    return Outcome.CLIENT
+        if silent_s < self.silence_s:
+            patience_s = max(self.alive_min_s, patience_s * self.alive_factor)
+        return waited_s >= patience_s
 
 
 @dataclass(slots=True)
@@ -296,39 +280,3 @@ class Health:
     def _is_panic(self, circuit: _Circuit) -> bool:
         """So many of the others went away that those who are out are needed."""
         return any(self._num_out[leg] > self._allowed(leg) for leg in circuit.legs)
-
-
-class Attempt:
-    """One leg on one worker, from now on. A context: an end without a verdict was the client's doing."""
-
-    __slots__ = ("_health", "_now", "_verdict", "_worker_id")
-
-    def __init__(self, health: Health, worker_id: str, now: Callable[[], float]) -> None:
-        self._health = health
-        self._worker_id = worker_id
-        self._now = now
-        self._verdict: Outcome | None = None
-        health.began(worker_id, now())
-
-    def succeeded(self) -> None:
-        """Tokens came; told once."""
-        if self._verdict is None:
-            self._tell(Outcome.SUCCESS)
-
-    def failed(self, error: OmniError) -> None:
-        if error.reason == STALLED:
-            self._verdict = Outcome.FAILURE
-            self._health.silence(self._worker_id, self._now())
-        else:
-            self._tell(outcome_of(error))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._verdict is None:
-            self._tell(Outcome.CLIENT)
-
-    def _tell(self, kind: Outcome) -> None:
-        self._verdict = kind
-        self._health.outcome(self._worker_id, kind, self._now())

@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from omni_common.errors import Unavailable
-from omni_proxy.health import STALLED, HealthSettings
+from omni_proxy.attempt import STALLED
+from omni_proxy.health import HealthSettings
 
 _LOOK_AGAIN_S = 0.5
 

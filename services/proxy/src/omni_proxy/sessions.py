@@ -17,9 +17,9 @@ from omni.decode.v1 import decode_service_pb2 as pb
 from omni.decode.v1 import decode_service_pb2_grpc
 from omni_common.errors import OmniError, Unavailable, error_of
 from omni_common.rpc_errors import from_rpc_error
+from omni_proxy.attempt import STALLED
 from omni_proxy.backoff import Backoff
 from omni_proxy.feed import End, Feed
-from omni_proxy.health import STALLED
 from omni_proxy.metrics import Metrics
 from omni_proxy.ports import FinishReason, Submission
 from omni_proxy.stalls import StallWatch

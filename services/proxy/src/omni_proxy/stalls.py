@@ -47,7 +47,5 @@ class StallWatch:
             self._came_at = self._first_due = self._now_s
             return False
         patience_s = self._settings.patience_s(step_s)
-        late_s = self._now_s - max(self._first_due, self._came_at + patience_s)
-        if self.is_silent:
-            return late_s >= 0
-        return late_s >= (self._settings.alive_factor - 1) * patience_s
+        waited_s = patience_s + self._now_s - max(self._first_due, self._came_at + patience_s)
+        return self._settings.is_stuck(waited_s, step_s, self.silent_s)

@@ -8,8 +8,8 @@ after: while workers have nothing to do it is nothing; the longer the shortest q
 worker's cache would save. So requests stick to their prefix as far as it pays, and no further.
 
 Ways that would break the inter-token SLO, of this sequence or of those already running on the worker, are taken only
-where there is no other. Beside prefill workers, a decode worker computes a prompt only where it does not hold up the others
-there for longer than the SLO allows, and only once the times of prompts are learned rather than believed.
+where there is no other. Beside prefill workers, a decode worker computes a prompt only where it does not hold up the
+others there for longer than the SLO allows, and only once the times of prompts are learned rather than believed.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ class CostParameters(Parameters):
     price_per_ms: float = Field(0.0, ge=0, description="Growth of the price of work with the shortest queue, per ms")
     max_price: float = Field(4.0, ge=0, description="Most that a millisecond of computing may cost, in milliseconds")
     stall_steps: float = Field(
-        3.0, ge=1, description="A step with a prompt in it may last so many times the ITL SLO, or so many ordinary steps"
+        3.0, ge=1, description="A step with a prompt in it may last so many ITL SLOs, or so many ordinary steps"
     )
     stall_tokens: float = Field(
         64.0, ge=1, description="The ITL SLO is of the mean of so many gaps, over which a prompt beside them is spread"

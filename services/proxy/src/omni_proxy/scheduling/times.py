@@ -2,7 +2,7 @@
 
     prompt    1, new, new * context / 1000                 new: uncached tokens; context: what they attend to on average
     step      1, batch, context / 1000, prompt tokens      of one decode step; prompt tokens computed beside it
-    transfer  1, tokens / 1000                             of one pair; a pair not seen yet is like its connector's others
+    transfer  1, tokens / 1000                             of one pair; one not seen yet is like its connector's others
 
 A prompt's time is observed from its arrival at the worker to its end there, against the prompts ahead of it and its
 own: whatever the worker's batching, in a queue served in order the sum of the work is what passes.
@@ -288,7 +288,8 @@ class RequestTimes:
         limits = self._times._limits[slots]
         running = np.maximum(columns.running[slots], 1)
         over_seats = np.where(limits[:, 0] > 0, columns.running[slots] + columns.waiting[slots] + 1 - limits[:, 0], 0)
-        needed = np.where(limits[:, 1] > 0, (self._prompt_tokens + self._output_tokens) / np.maximum(limits[:, 1], 1), 0)
+        tokens = self._prompt_tokens + self._output_tokens
+        needed = np.where(limits[:, 1] > 0, tokens / np.maximum(limits[:, 1], 1), 0)
         over_room = np.maximum(columns.kv_usage[slots] + needed - 1.0, 0.0) * running
         ends: Floats = np.maximum(np.maximum(over_seats, over_room), 0.0)
         if ends.any():
