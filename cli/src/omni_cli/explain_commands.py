@@ -44,7 +44,7 @@ def explain(
 ) -> None:
     """Which workers a request was given, what every candidate would have cost, and predictions beside what was seen.
 
-    All times are milliseconds; a cost of 1e9 and more breaks a service level. The proxy remembers its latest requests,
+    All times are milliseconds; a tier above 0 breaks a service level. The proxy remembers its latest requests,
     about a thousand; [bold]*[/] marks the choice.
     """
     pages, console = ProxyPages(url or chosen(files_of(home), name, port).url), _console()

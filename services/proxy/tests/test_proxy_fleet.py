@@ -130,15 +130,18 @@ async def test_a_forecast_of_other_workers_is_refused(made: Fixture) -> None:
 async def test_steps_are_learned_from_what_two_reports_differ_by(made: Fixture) -> None:
     member = made.put("w")
     # Steps before the first report may have been of any load.
-    member.load = Load(running=4, context_tokens=4000, steps=1000, busy_ms=99_000.0)
+    load = member.load = Load(running=4, context_tokens=4000, steps=1000, busy_ms=99_000.0)
     assert made.seen == []
-    for number in range(1, 60):
-        member.load = Load(running=4, context_tokens=4000, steps=1000 + 10 * number, busy_ms=99_000.0 + 400.0 * number)
-    assert [seen.seen_ms for seen in made.seen] == pytest.approx([40.0] * 59)
-    assert made.seen[-1].error < 0.05
-    count = len(made.seen)
-    member.load = Load(running=4, context_tokens=4000, steps=1590, busy_ms=99_000.0 + 400.0 * 59)
-    assert len(made.seen) == count, "no step, nothing to learn"
+    for number in range(100):
+        context, step_ms = ((4000, 20.0), (60_000, 70.0))[number // 5 % 2]
+        busy_ms = load.busy_ms + 10 * step_ms
+        load = member.load = Load(running=4, context_tokens=context, steps=load.steps + 10, busy_ms=busy_ms)
+    assert [seen.seen_ms for seen in made.seen] == pytest.approx(([20.0] * 5 + [70.0] * 5) * 10)
+    # The first report of a stretch is of both loads.
+    pure = [seen for number, seen in enumerate(made.seen) if number % 5 and number > 50]
+    assert sorted(seen.error for seen in pure)[len(pure) // 2] < 0.1
+    member.load = load
+    assert len(made.seen) == 100, "no step, nothing to learn"
 
 
 async def test_the_steps_of_who_does_not_decode_teach_nothing(made: Fixture) -> None:

@@ -287,27 +287,33 @@ def test_another_worker_in_the_slot_of_one_that_left_starts_from_nothing() -> No
 
 def test_more_workers_than_there_was_room_for_keep_what_they_know() -> None:
     world = World(9)
-    for number in range(12):
-        world.join(f"w{number}", Truth((20.0 * (number + 1), 0.4 * (number + 1), 0.01), noise=0.01))
-        list(world.arrivals(f"w{number}", 60))
+    world.join("else", capacity=Capacity("else", "other connector"))
+    names = [f"w{number}" for number in range(12)]
+    for number, name in enumerate(names):
+        world.join(name, Truth((20.0 * (number + 1), 0.4 * (number + 1), 0.01), noise=0.01))
+        list(world.arrivals(name, 60))
         world.drain()
+    slots = np.array([world.columns.slot(name) for name in names])
+    for p, d in itertools.permutations(slots[:4].tolist(), 2):
         for _ in range(10):
-            world.times.saw_transfer(number, (number + 1) % 12, 2000, 10.0 * (number + 1))
-    charge = world.ledger.charge("w3", (1000, 0))
-    with charge:
-        learned = [world.prefill_ms(f"w{number}", 2000) for number in range(12)]
-        rows = np.arange(12)
-        moved = world.times.of(rows, world.now_s, 2000, 1, np.full(12, 2000)).transfer_ms(rows, rows)
-        backlog = world.backlog_ms("w3")
+            world.times.saw_transfer(p, d, 2000, 100.0 + 10 * p)
+
+    def moved(slots: Any) -> Any:
+        rows = np.arange(len(slots))
+        return world.times.of(slots, world.now_s, 2000, 1, np.full(len(slots), 2000)).transfer_ms(rows, rows)
+
+    with world.ledger.charge("w3", (1000, 0)):
+        learned, pairs, backlog = [world.prefill_ms(name, 2000) for name in names], moved(slots), world.backlog_ms("w3")
         for number in range(12, 70):
             world.join(f"w{number}")
-        assert world.columns.capacity >= 70
-        assert [world.prefill_ms(f"w{number}", 2000) for number in range(12)] == learned
-        again = world.times.of(rows, world.now_s, 2000, 1, np.full(12, 2000)).transfer_ms(rows, rows)
-        assert again == pytest.approx(moved)
+        assert world.columns.capacity >= 71
+        assert [world.prefill_ms(name, 2000) for name in names] == learned
+        assert moved(slots) == pytest.approx(pairs)
         assert world.backlog_ms("w3") == backlog > 0
     assert world.backlog_ms("w3") == 0
-    assert len({world.columns.slot(f"w{number}") for number in range(70)}) == 70
+    newcomers = np.array([world.columns.slot(f"w{number}") for number in range(12, 70)])
+    assert len({*slots.tolist(), *newcomers.tolist()}) == 70
+    assert moved(newcomers).min() > 90, "pairs that nobody has seen are like those of their connector"
 
 
 def test_a_pair_not_seen_is_like_its_connectors_others() -> None:

@@ -43,8 +43,12 @@ class Settings(ServiceSettings):
     disk_ms_per_block: float = Field(0.7, ge=0, description="Loading a block from the worker's own disk")
     remote_ms_per_block: float = Field(1.4, ge=0, description="Loading a block the worker keeps elsewhere")
 
-    health: HealthSettings = Field(HealthSettings.model_validate({}), description="When a sick worker is left alone, and how it returns")
-    hedging: HedgingSettings = Field(HedgingSettings.model_validate({}), description="Second prefills beside those that take too long")
+    health: HealthSettings = Field(
+        HealthSettings.model_validate({}), description="When a sick worker is left alone, and how it returns"
+    )
+    hedging: HedgingSettings = Field(
+        HedgingSettings.model_validate({}), description="Second prefills beside those that take too long"
+    )
     request_timeout_s: float = Field(600.0, gt=0)
     resume_timeout_s: float = Field(
         10.0, ge=0, description="How long a sequence waits for a decode worker to resume on"

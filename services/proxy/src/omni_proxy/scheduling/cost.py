@@ -17,13 +17,10 @@ from dataclasses import replace
 import numpy as np
 from pydantic import Field
 
-from omni_proxy.scheduling.decision import Decision, LegCosts, Prediction, Reason, eligible
+from omni_proxy.scheduling.decision import TIER, Decision, LegCosts, Prediction, Reason, eligible
 from omni_proxy.scheduling.plugins import Parameters
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import Bools, FleetView, Floats, Rows
-
-_BREAKS_SLO_MS = 1e9
-"""Sorts what breaks the SLO behind what keeps it, each by its cost."""
 
 
 class CostParameters(Parameters):
@@ -82,7 +79,7 @@ class CostPolicy:
         cost = times.seat_ms[decodes] + self._parameters.horizon_tokens * step_ms
         if slo_ms is None:
             return cost, np.zeros(len(decodes))
-        return cost, np.where(step_ms > slo_ms, _BREAKS_SLO_MS, 0.0)
+        return cost, np.where(step_ms > slo_ms, TIER, 0.0)
 
     def _price(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> float:
         """Of a millisecond of computing, in milliseconds of others' waiting."""
@@ -93,9 +90,9 @@ class CostPolicy:
         self, request: SchedulingRequest, view: FleetView, decodes: Rows, first: Floats, decode: Floats, penalty: Floats
     ) -> LegCosts:
         times = view.times
-        stalls = np.where(self._stalls(request, view, decodes), _BREAKS_SLO_MS, 0.0)
+        stalls = np.where(self._stalls(request, view, decodes), TIER, 0.0)
         if times.confidence.max(initial=0.0) < self._parameters.min_confidence:
-            stalls[:] = _BREAKS_SLO_MS
+            stalls[:] = TIER
         return LegCosts(
             decodes,
             first[decodes] + decode + np.maximum(penalty, stalls),

@@ -12,6 +12,8 @@ from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import FleetView, Floats, Rows
 
 RETRY_AFTER_S = 1.0
+TIER = 1e9
+"""More than any cost within a tier: every candidate of a lower tier goes before any of a higher one."""
 
 
 class Reason(StrEnum):
@@ -103,11 +105,19 @@ def _ranked(ids: Sequence[str], costs: LegCosts, limit: int | None) -> list[dict
     return [
         {
             "worker": ids[costs.rows[i]],
-            "cost": round(float(costs.value[i]), 3),
+            **_told(float(costs.value[i])),
             **{name: round(float(column[i]), 3) for name, column in costs.terms.items()},
         }
         for i in order
     ]
+
+
+def _told(cost: float) -> dict[str, Any]:
+    """The cost within its tier, and the tier where it is not the best; null: not possible."""
+    if not np.isfinite(cost):
+        return {"cost": None}
+    tier, within = divmod(cost, TIER)
+    return {"cost": round(within, 3)} | ({"tier": int(tier)} if tier > 0 else {})
 
 
 def eligible(request: SchedulingRequest, view: FleetView) -> tuple[Rows, Rows]:

@@ -56,7 +56,6 @@ class Outlook:
         size = self._block_size
         return Forecast(cached * size, (cached - reached[0]) * size, (depth - cached) * size, load_ms)
 
-
     def columns(self, worker_ids: Sequence[str]) -> Floats:
         """As `of`, of many workers: rows cached, expected, loadable tokens and load_ms; one column per worker."""
         reached = self._prefixes.matrix(worker_ids)

@@ -191,9 +191,7 @@ class WorkerTimes:
             "step": (self._step, [k.step for k in self._known.values()]),
             "transfer": (self._transfer, list(self._connectors.values())),
         }
-        return {
-            name: float(model.confidence(np.array(of)).mean()) if of else 0.0 for name, (model, of) in rows.items()
-        }
+        return {name: float(model.confidence(np.array(of)).mean()) if of else 0.0 for name, (model, of) in rows.items()}
 
     def _remaining(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Features of the work ahead; what passed since the first prompt began is taken off."""
@@ -326,5 +324,3 @@ def _prior(model: Predictor, alike: Sequence[int], fallback: Sequence[float]) ->
     if alike and (model.confidence(np.array(alike)) > 0).any():
         return model.typical(np.array(alike))
     return np.array(fallback, np.float64)
-
-

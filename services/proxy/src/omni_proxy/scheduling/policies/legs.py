@@ -7,13 +7,10 @@ from typing import Protocol
 import numpy as np
 from pydantic import Field
 
-from omni_proxy.scheduling.decision import NO_COSTS, Decision, LegCosts, Prediction, Reason, eligible
+from omni_proxy.scheduling.decision import NO_COSTS, TIER, Decision, LegCosts, Prediction, Reason, eligible
 from omni_proxy.scheduling.plugins import Parameters
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import Bools, FleetView, Floats, Ints, Rows
-
-TIER = 1e9
-"""More than any cost within a tier; see `tiered`."""
 
 Column = Floats | Ints
 
@@ -119,9 +116,8 @@ class ByLeg:
 
     def _computes(self, request: SchedulingRequest, reason: Reason | None) -> bool:
         """Whether decode has enough of the prompt to compute that it is chosen by that."""
-        if reason is Reason.SHORT:
-            return self.disaggregate_min_tokens is None
-        return not request.kv_connector
+        is_short = reason is Reason.SHORT and self.disaggregate_min_tokens is not None
+        return not request.kv_connector and not is_short
 
 
 def _pulling(request: SchedulingRequest, view: FleetView, decodes: Rows) -> Bools | None:
