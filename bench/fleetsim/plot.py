@@ -47,5 +47,7 @@ def _panel(fleet: Fleet, left: int) -> str:
         points = " ".join(place(s * rate, s * rate * share) for s, share in zip(fleet.speeds, kept, strict=True))
         lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
         below = _TOP + 14 * (index + 1)
-        lines.append(f'<text x="{left + _LEFT + 10}" y="{below}" fill="{colour}">{escape(SYSTEMS[system].title)}</text>')
+        lines.append(
+            f'<text x="{left + _LEFT + 10}" y="{below}" fill="{colour}">{escape(SYSTEMS[system].title)}</text>'
+        )
     return "\n".join(lines)

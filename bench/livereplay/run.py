@@ -140,18 +140,22 @@ async def _replay(started: Proxy, orders: Sequence[Order], warm: int) -> tuple[l
 
 
 def _find_knee(wishes: Wishes, beside: Engines, folder: Path, results: Results, say: Say) -> float:
-    """Short replays under the first system at growing rates, until too few keep the promise; interpolated."""
-    rate = wishes.first_rate
+    """Short replays under the first system, at growing rates until too few keep the promise; interpolated.
+
+    Where too few do at the first rate, rates go down until enough do.
+    """
+    rate, is_kept = wishes.first_rate, []
     with proxy(wishes.shape, beside, wishes.systems[0].config(wishes.promise), folder) as started:
         for step in range(_MOST_SWEEPS):
-            part = wishes.workload.first(max(10, int(rate * _SWEEP_S)))
+            part = wishes.workload.first(max(20, int(rate * _SWEEP_S)))
             point = one_replay(started, wishes, part, rate, 0, f"sweep/{step}")
             results.sweep.append((rate, point.kept))
             say(f"sweep {rate:.1f}/s {one_line(point)}")
-            if point.kept < ATTAINED:
+            is_kept.append(point.kept >= ATTAINED)
+            if True in is_kept and False in is_kept:
                 break
-            rate *= _SWEEP_STEP
-    return knee_of(results.sweep)
+            rate *= _SWEEP_STEP if is_kept[0] else 1 / _SWEEP_STEP
+    return knee_of(sorted(results.sweep))
 
 
 def knee_of(sweep: Sequence[tuple[float, float]]) -> float:

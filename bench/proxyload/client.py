@@ -2,8 +2,10 @@
 
 A stream's next request follows its last answer at once, or after a random time of at most `think_s`.
 
+The first answer of a stream is cut at a random length, so that the streams do not go on in step with each other.
+
 It prints one JSON object per line: `{"mark": "begin"}` and `{"mark": "end"}` around the measured window, then what it
-saw. Every answer's length is checked, and the whole text of each stream's first one. Latencies in ms, of the window.
+saw. Every answer's length is checked, and the whole text of each stream's second one. Latencies in ms, of the window.
 """
 
 import asyncio
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import uvloop
@@ -55,7 +58,9 @@ class Stream(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._tail = b""
-        self._first: list[bytes] | None = []
+        self._whole: list[bytes] | None = None
+        self._wanted = plan.first_tokens()
+        self._answers = 0
         self._has_status = False
         self._events = 0
         self._sent_s = 0.0
@@ -72,7 +77,7 @@ class Stream(asyncio.Protocol):
         if self._transport is not None:
             self._has_status, self._events, self._last_s = False, 0, 0.0
             self._sent_s = time.perf_counter()
-            self._transport.write(self._plan.request)
+            self._transport.write(self._plan.request(self._wanted))
 
     def begin(self) -> None:
         """Send when the time has come."""
@@ -97,8 +102,8 @@ class Stream(asyncio.Protocol):
         if not data.endswith(b"\r\n"):  # within an event
             _, end, self._rest = data.rpartition(_EVENT_END)
             data = data[: len(data) - len(self._rest)] if end else b""
-        if self._first is not None:
-            self._first.append(data)
+        if self._whole is not None:
+            self._whole.append(data)
         if fresh := data.count(_TOKEN):
             self._note(now, fresh)
         self._tail = (self._tail + data)[-_TAIL:]
@@ -128,11 +133,13 @@ class Stream(asyncio.Protocol):
         seen.answers += 1
         seen.answer_events += self._events
         seen.answer_tokens += tokens
-        is_wrong = tokens != self._plan.max_tokens
-        if self._first is not None:
-            is_wrong |= text_of(b"".join(self._first)) != self._plan.text
-            self._first = None
+        is_wrong = tokens != self._wanted
+        if self._whole is not None:
+            is_wrong |= text_of(b"".join(self._whole)) != self._plan.text
         seen.wrong_answers += is_wrong
+        self._answers += 1
+        self._whole = [] if self._answers == 1 else None
+        self._wanted = self._plan.max_tokens
         self.begin()
 
     def _fail(self, reason: str) -> None:
@@ -144,10 +151,11 @@ class Stream(asyncio.Protocol):
 class Plan:
     """What every stream asks, and the text it is to get."""
 
-    request: bytes
+    request: Callable[[int], bytes]
     max_tokens: int
     text: str
     think: Callable[[], float]
+    first_tokens: Callable[[], int]
 
 
 def thinking(duties: dict[str, Any]) -> Callable[[], float]:
@@ -160,15 +168,20 @@ def plan_of(duties: dict[str, Any]) -> Plan:
     body = {
         "model": duties["model"],
         "messages": [{"role": "user", "content": duties["prompt"]}],
-        "max_tokens": duties["max_tokens"],
         "stop": duties["stop"],
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    request = post(duties["host"], "/v1/chat/completions", json.dumps(body).encode())
-    return Plan(request, duties["max_tokens"], duties["text"], thinking(duties))
+
+    @cache
+    def request(max_tokens: int) -> bytes:
+        return post(duties["host"], "/v1/chat/completions", json.dumps(body | {"max_tokens": max_tokens}).encode())
+
+    draw, most = random.Random(1), duties["max_tokens"]
+    first_tokens = (lambda: draw.randint(1, most)) if duties["desynchronise"] else (lambda: most)
+    return Plan(request, most, duties["text"], thinking(duties), first_tokens)
 
 
 def text_of(answer: bytes) -> str:

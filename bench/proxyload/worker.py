@@ -97,7 +97,8 @@ class SimulatedWorker(
     def __init__(self, role: str, model: str, tokens: list[int], step_s: float) -> None:
         self._info = engine_pb2.WorkerInfo(
             worker_id=f"simulated-{role}", role=_ROLES[role], epoch=1, model=model, block_size=16, num_blocks=1 << 20,
-            max_model_len=4096, max_num_seqs=4096, engine="simulated", kv_connector="simulated", engine_id=role,
+            max_model_len=4096, max_num_seqs=4096, max_num_batched_tokens=8192, engine="simulated",
+            kv_connector="simulated", engine_id=role,
         )  # fmt: skip
         self._tokens = tokens
         self._step_s = step_s

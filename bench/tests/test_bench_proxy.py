@@ -38,7 +38,7 @@ def answer_of(texts: list[str]) -> bytes:
 
 def stream_of(texts: list[str], failed: "asyncio.Future[None]") -> tuple[Stream, Seen, Connection]:
     seen, connection = Seen(begin_s=0.0), Connection()
-    stream = Stream(Plan(b"ask", len(texts), "".join(texts), lambda: 0.0), seen, failed)
+    stream = Stream(Plan(lambda _: b"ask", len(texts), "".join(texts), lambda: 0.0, lambda: len(texts)), seen, failed)
     stream.connection_made(cast(asyncio.Transport, connection))
     stream.begin()
     return stream, seen, connection
@@ -61,8 +61,9 @@ async def test_an_answer_is_counted_and_checked_however_it_is_cut(texts: list[st
 
 async def test_another_text_is_a_wrong_answer() -> None:
     stream, seen, _ = stream_of(["a", "b"], asyncio.get_running_loop().create_future())
+    stream.data_received(answer_of(["a", "b"]))
     stream.data_received(answer_of(["a", "c"]))
-    assert (seen.answers, seen.wrong_answers) == (1, 1)
+    assert (seen.answers, seen.wrong_answers) == (2, 1)
 
 
 async def test_an_error_status_fails_the_run() -> None:

@@ -335,7 +335,7 @@ def test_every_candidate_is_told_with_its_terms() -> None:
     assert {one["worker"] for one in told["alone"]} == {"b", "d", "e"}
     for leg in told.values():
         assert all(
-            math.isfinite(value) or key == "cost" for one in leg for key, value in one.items() if key != "worker"
+            key == "cost" or math.isfinite(value) for one in leg for key, value in one.items() if key != "worker"
         )
 
 

@@ -103,7 +103,8 @@ class Prefixes:
     def matrix(self, members: Sequence[str]) -> NDArray[np.int64]:
         """As `of`, of many members: members x tiers."""
         bits = np.array([self._workers.get(member, -1) for member in members], np.intp)
-        result = np.tile(np.array(self._pooled, np.int64), (len(bits), 1))
+        result = np.empty((len(bits), len(self._pooled)), np.int64)
+        result[:] = self._pooled
         if self._longest:
             known = bits >= 0
             result[known] = self._depths[bits[known]]

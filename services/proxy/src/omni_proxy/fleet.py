@@ -127,6 +127,10 @@ class _Usable(NamedTuple):
     """Members that take work, and their columns that change with membership only."""
 
     slots: Rows
+    computing: Rows
+    """Slots of those that compute prompts: prefill workers, or where there are none the decode workers."""
+    deciding: Rows
+    """Slots of decode workers."""
     ids: tuple[str, ...]
     prefills: np.ndarray
     decodes: np.ndarray
@@ -307,6 +311,14 @@ class Fleet:
         usable = self._takers()
         return usable.slots, usable.prefills, usable.decodes
 
+    def computing_slots(self) -> Rows:
+        """Of workers that take work and compute prompts: prefill workers, or where there are none decode workers."""
+        return self._takers().computing
+
+    def deciding_slots(self) -> Rows:
+        """Of decode workers that take work."""
+        return self._takers().deciding
+
     def usable_ids(self) -> tuple[str, ...]:
         """In the order of `usable_slots`."""
         return self._takers().ids
@@ -332,12 +344,17 @@ class Fleet:
             m for m in self._members.values() if m.refusal is None and self._serves(m) and m.worker.id not in refused
         ]
         workers = [m.worker for m in members]
+        slots = np.array([self.columns.slot(w.id) for w in workers], np.intp)
+        prefills = np.array([m.prefills for m in members], np.bool_)
+        decodes = np.array([m.decodes for m in members], np.bool_)
         sizes = np.array([w.block_size for w in workers], np.int64)
         return _Usable(
-            slots=np.array([self.columns.slot(w.id) for w in workers], np.intp),
+            slots=slots,
+            computing=slots[prefills] if prefills.any() else slots[decodes],
+            deciding=slots[decodes],
             ids=tuple(w.id for w in workers),
-            prefills=np.array([m.prefills for m in members], np.bool_),
-            decodes=np.array([m.decodes for m in members], np.bool_),
+            prefills=prefills,
+            decodes=decodes,
             pairing=Pairing([w.kv_connector for w in workers], [w.labels.get(GROUP_LABEL, "") for w in workers]),
             labels=tuple(w.labels for w in workers),
             max_num_seqs=np.array([w.max_num_seqs for w in workers], np.int64),

@@ -12,6 +12,8 @@ from omni_proxy.scheduling.times import prompt_features
 from omni_proxy.scheduling.view import Floats
 
 _NO_WORK = np.zeros(3)
+_WRITE_EVERY = 16
+"""Received tokens are added up before the column is written: a write to an array costs as much as ten additions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class InFlight:
 class Charge:
     """One leg on one worker. A context: what is still charged when it ends is settled then."""
 
-    __slots__ = ("_columns", "_now", "_output", "_slot", "_uncached", "_work")
+    __slots__ = ("_columns", "_now", "_output", "_received", "_slot", "_uncached", "_work")
 
     def __init__(
         self, columns: Columns, slot: int, now: Callable[[], float], uncached: int, work: Floats, output: int
@@ -39,6 +41,7 @@ class Charge:
         self._uncached = uncached
         self._work = work
         self._output = output
+        self._received = 0
 
     def __enter__(self) -> Self:
         columns, slot = self._columns, self._slot
@@ -66,17 +69,24 @@ class Charge:
         self._work, self._uncached = _NO_WORK, 0
 
     def received(self, tokens: int) -> None:
-        """So many of the expected output tokens have come."""
-        tokens = min(tokens, self._output)
-        self._columns.own_output_tokens[self._slot] -= tokens
-        self._output -= tokens
+        """So many of the expected output tokens have come; the account follows in steps of some tokens."""
+        self._received += tokens
+        if self._received >= _WRITE_EVERY:
+            self._settle_output()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.computed()
-        self.received(self._output)
+        self._received = self._output
+        self._settle_output()
         self._columns.own_requests[self._slot] -= 1
+
+    def _settle_output(self) -> None:
+        tokens = min(self._received, self._output)
+        self._columns.own_output_tokens[self._slot] -= tokens
+        self._output -= tokens
+        self._received = 0
 
 
 class Ledger:

@@ -12,7 +12,7 @@ import numpy as np
 
 from omni_proxy.fleet import Fleet
 from omni_proxy.flow.ticket import Ticket
-from omni_proxy.scheduling.view import Bools, FleetView, Rows
+from omni_proxy.scheduling.view import FleetView, Rows
 
 _STEP_SHARE = 0.25
 """Of the tokens of a step that prompts may fill together without waiting for each other."""
@@ -25,33 +25,36 @@ class FleetRoom:
 
     def room_in_ms(self, ticket: Ticket) -> float:
         """0: now; inf: no worker takes work."""
-        slots, _, decodes = self._fleet.usable_slots()
-        if not decodes.any():
+        deciding = self._fleet.deciding_slots()
+        if not len(deciding):
             return math.inf
-        now_s, deciding = self._fleet.now(), slots[decodes]
-        uncached = np.full(len(deciding), ticket.prompt_tokens)
-        times = self._fleet.times.of(deciding, now_s, ticket.prompt_tokens, ticket.output_tokens, uncached)
-        backlog_ms = self._fleet.times.backlog_ms(self._computing(), now_s)
-        backlog_ms[self._fits_a_step(ticket)] = 0.0
-        wait_ms = max(float(backlog_ms.min()), float(times.seat_ms.min()))
+        wait_ms = max(self._prompt_ms(ticket), self._seat_ms(ticket, deciding))
         return max(0.0, wait_ms - self.lookahead_ms)
 
     def drain_ms(self) -> float:
         """Until the least loaded worker has computed what was sent to it; inf where there is none."""
-        slots = self._computing()
+        slots = self._fleet.computing_slots()
         return float(self._fleet.times.backlog_ms(slots, self._fleet.now()).min()) if len(slots) else math.inf
 
-    def _fits_a_step(self, ticket: Ticket) -> Bools:
-        """Where the prompt and those ahead of it are a small part of one step."""
-        slots, columns = self._computing(), self._fleet.columns
-        tokens = columns.own_uncached_tokens[slots] + columns.others_uncached_tokens[slots] + ticket.uncached_tokens
-        fits: Bools = tokens <= _STEP_SHARE * self._fleet.times.most_batched(slots)
-        return fits
+    def _prompt_ms(self, ticket: Ticket) -> float:
+        """Until a worker has computed what is ahead; 0 where that and the prompt are a small part of one step."""
+        slots, columns = self._fleet.computing_slots(), self._fleet.columns
+        ahead = columns.own_uncached_tokens[slots] + columns.others_uncached_tokens[slots]
+        if (
+            not ahead.all()
+            or (ahead + ticket.uncached_tokens <= _STEP_SHARE * self._fleet.times.most_batched(slots)).any()
+        ):
+            return 0.0
+        return float(self._fleet.times.backlog_ms(slots, self._fleet.now()).min())
 
-    def _computing(self) -> Rows:
-        slots, prefills, decodes = self._fleet.usable_slots()
-        computing: Rows = slots[prefills] if prefills.any() else slots[decodes]
-        return computing
+    def _seat_ms(self, ticket: Ticket, slots: Rows) -> float:
+        """Until a decode worker has a seat."""
+        times, tokens = self._fleet.times, ticket.prompt_tokens + ticket.output_tokens
+        if times.have_seats(slots, tokens).any():
+            return 0.0
+        uncached = np.full(len(slots), ticket.prompt_tokens)
+        of = times.of(slots, self._fleet.now(), ticket.prompt_tokens, ticket.output_tokens, uncached)
+        return float(of.seat_ms.min())
 
 
 def least_work(view: FleetView, prompt_tokens: int) -> tuple[int, float]:

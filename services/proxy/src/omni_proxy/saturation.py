@@ -58,7 +58,7 @@ class Saturation:
         return [prefill, self._decode(slots[decodes], slo)]
 
     def workers(self) -> Mapping[str, float]:
-        """Of each worker that takes work, by id; of both roles the fuller one. What waits in the proxy does not count."""
+        """Of each worker that takes work, by id; of both roles the fuller one. What waits in the proxy is left out."""
         slots, prefills, decodes = self._fleet.usable_slots()
         slo, seats = self._slo(), self._seats(slots)
         computing = np.where(prefills, self._backlog_ms(slots) / _allowed_ms(slo), 0.0)

@@ -8,9 +8,8 @@ A prompt's time is observed from its arrival at the worker to its end there, aga
 own: whatever the worker's batching, in a queue served in order the sum of the work is what passes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from omni_proxy.scheduling.columns import Columns
 from omni_proxy.scheduling.interfaces import Predictor
 from omni_proxy.scheduling.linear import LinearModel
 from omni_proxy.scheduling.predictors import MakePredictor
-from omni_proxy.scheduling.view import Floats, Ints, Rows
+from omni_proxy.scheduling.view import Bools, Floats, Ints, Rows
 
 _STEP_BACKGROUND = 0.1
 """Smoothing of the prompt tokens that a worker computes beside a decode step."""
@@ -175,6 +174,15 @@ class WorkerTimes:
         seats: Ints = self._limits[slots, 0]
         return seats
 
+    def have_seats(self, slots: Rows, tokens: int) -> Bools:
+        """Whether each worker's batch and cache have room for one more sequence of so many tokens."""
+        columns, limits = self._columns, self._limits[slots]
+        seats, kv_tokens = limits[:, 0], limits[:, 1]
+        has_seat = (columns.running[slots] + columns.waiting[slots] < seats) | (seats == 0)
+        has_room = (columns.kv_usage[slots] * kv_tokens + tokens <= kv_tokens) | (kv_tokens == 0)
+        free: Bools = has_seat & has_room
+        return free
+
     def most_batched(self, slots: Rows) -> Ints:
         """Tokens that each worker computes in one step at most; 0: unknown."""
         tokens: Ints = self._limits[slots, 2]
@@ -241,6 +249,18 @@ class WorkerTimes:
         self._background = np.pad(self._background, (0, more))
 
 
+class _once:
+    """A property computed when first asked for; `functools.cached_property` takes a lock for it before Python 3.12."""
+
+    def __init__(self, compute: "Callable[[RequestTimes], Floats]") -> None:
+        self._compute = compute
+        self._name = compute.__name__
+
+    def __get__(self, times: "RequestTimes", kind: type) -> Floats:
+        value = times.__dict__[self._name] = self._compute(times)
+        return value
+
+
 class RequestTimes:
     """One request on some workers, each figure computed when first asked for. The `Times` of a view."""
 
@@ -254,15 +274,15 @@ class RequestTimes:
         self._output_tokens = output_tokens
         self._uncached = uncached
 
-    @cached_property
+    @_once
     def queue_ms(self) -> Floats:
         return self._times.backlog_ms(self._slots, self._now_s)
 
-    @cached_property
+    @_once
     def prefill_ms(self) -> Floats:
         return self._prompt_ms(self._uncached, self._prompt_tokens - self._uncached)
 
-    @cached_property
+    @_once
     def step_ms(self) -> Floats:
         times, slots, columns = self._times, self._slots, self._times._columns
         batch = np.maximum(columns.running[slots], columns.own_requests[slots] + columns.others_sequences[slots])
@@ -273,20 +293,22 @@ class RequestTimes:
         features[:, 3] = times._background[slots]
         return times._step.milliseconds(times._step_rows[slots], features)
 
-    @cached_property
+    @_once
     def stall_ms(self) -> Floats:
         most = self._times._limits[self._slots, 2]
         chunk = np.where(most > 0, np.minimum(self._uncached, most), self._uncached)
         return self.step_ms + self._prompt_ms(chunk, self._prompt_tokens - chunk)
 
-    @cached_property
+    @_once
     def seat_ms(self) -> Floats:
         """A sequence ends every (output tokens * step / running) milliseconds; so many have to end first."""
         slots, columns = self._slots, self._times._columns
+        tokens = self._prompt_tokens + self._output_tokens
+        if self._times.have_seats(slots, tokens).all():
+            return np.zeros(len(slots))
         limits = self._times._limits[slots]
         running = np.maximum(columns.running[slots], 1)
         over_seats = np.where(limits[:, 0] > 0, columns.running[slots] + columns.waiting[slots] + 1 - limits[:, 0], 0)
-        tokens = self._prompt_tokens + self._output_tokens
         needed = np.where(limits[:, 1] > 0, tokens / np.maximum(limits[:, 1], 1), 0)
         over_room = np.maximum(columns.kv_usage[slots] + needed - 1.0, 0.0) * running
         ends: Floats = np.maximum(np.maximum(over_seats, over_room), 0.0)
@@ -294,7 +316,7 @@ class RequestTimes:
             ends = ends * self._output_tokens * self.step_ms / running
         return ends
 
-    @cached_property
+    @_once
     def confidence(self) -> Floats:
         return self._times._prompt.confidence(self._times._prompt_rows[self._slots])
 
