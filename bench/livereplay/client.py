@@ -14,6 +14,7 @@ from sidebyside.wire import post
 _TEXT = re.compile(rb'"text":\s*"(?!")')
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 _CACHED_TOKENS = re.compile(rb'"cached_tokens":\s*(\d+)')
+_MESSAGE = re.compile(rb'"message":\s*"([^"]*)"')
 _READ_BYTES = 65_536
 
 
@@ -117,7 +118,9 @@ def _note(answer: Answer, data: bytes, now_ms: float) -> None:
 def _check(answer: Answer, head: bytes, end: bytes) -> None:
     """`end`: the last two reads."""
     if not head.startswith(b"HTTP/1.1 200"):
-        answer.error = head.split(b"\r\n", 1)[0].decode(errors="replace") or "no answer"
+        said = _MESSAGE.search(head + end)
+        status = head.split(b"\r\n", 1)[0].decode(errors="replace") or "no answer"
+        answer.error = f"{status}: {said[1].decode(errors='replace')}" if said else status
         return
     tokens, cached = _COMPLETION_TOKENS.search(end), _CACHED_TOKENS.search(end)
     if tokens is None or int(tokens[1]) != answer.output_tokens:

@@ -41,6 +41,8 @@ class Point:
     """Median by model, relative; NaN where nothing was predicted."""
     late_ms: float
     """The most that the load was behind its own schedule."""
+    reasons: Sequence[str] = ()
+    """Why requests failed, each once."""
 
     @property
     def goodput(self) -> float:
@@ -66,6 +68,7 @@ def point_of(answers: Sequence[Answer], span_s: float, promise: Promise, before:
         hit_rate=sum(a.cached_tokens for a in whole) / max(1, sum(a.prompt_tokens for a in whole)),
         errors={model: median_error(before, after, model) for model in PREDICTED},
         late_ms=max(answer.late_ms for answer in answers),
+        reasons=sorted({answer.error for answer in answers if answer.error}),
     )
 
 

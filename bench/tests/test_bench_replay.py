@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from livereplay.client import Answer, Order, body_of, replay
 from livereplay.figures import Promise, median_error, point_of
@@ -75,6 +75,7 @@ def test_the_best_hit_rate_counts_whole_blocks(trace: Path) -> None:
     assert workload.best_hit_rate == pytest.approx(32 * (1 + 1 + 3) / (62 + 100 + 93 + 6 + 125))
 
 
+@settings(deadline=None)
 @given(rate=st.floats(0.5, 50), seed=st.integers(0, 9))
 def test_arrivals_keep_order_and_rate(rate: float, seed: int) -> None:
     workload = Workload(tuple(Prompt(3.0 * (i // 4), 10, 2, (0,)) for i in range(40)), 32, 0, 0)

@@ -103,6 +103,7 @@ class FakeWorker:
     held: asyncio.Event = field(default_factory=asyncio.Event)
     prefill_gate: asyncio.Event | None = None
     report_s: float | None = None
+    is_loading: bool = False
     prefill_started: asyncio.Event = field(default_factory=asyncio.Event)
     breaks: asyncio.Event = field(default_factory=asyncio.Event)
     frames: int = 0
@@ -129,6 +130,8 @@ class FakeWorker:
 
     async def Describe(self, request: Any, context: Any) -> worker_service_pb2.DescribeResponse:
         self.described += 1
+        if self.is_loading:
+            raise Unavailable("the engine is not ready", reason="loading")
         return worker_service_pb2.DescribeResponse(info=self.info())
 
     async def WatchStats(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.WatchStatsResponse]:

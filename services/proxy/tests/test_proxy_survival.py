@@ -243,3 +243,22 @@ async def test_a_stream_that_gets_on_may_break_often(start):
         assert await request == plain
     assert stack.metric("omni_proxy_resumes_total") == 5
     await stack.until_settled()
+
+
+async def test_a_process_that_loads_at_a_known_address_gets_no_work(start):
+    stack = await start("d1 d2", {"connect_timeout_s": 0.2}, report_s=0.02)
+    plain = await answer(stack)
+    member = stack.proxy.fleet.get("d1")
+    stack["d1"].is_loading = True
+    stack["d1"].epoch = 2
+    async with asyncio.timeout(10):
+        while member.refusal is None:
+            await stack.proxy.fleet.changed()
+        assert member.refusal == "unreachable"
+        for worker in decodes(stack):
+            worker.submits.clear()
+        assert {await answer(stack) for _ in range(4)} == {plain}
+        assert not stack["d1"].submits
+        stack["d1"].is_loading = False
+        while stack.proxy.fleet.get("d1").worker.epoch != 2 or stack.proxy.fleet.get("d1").refusal is not None:
+            await stack.proxy.fleet.changed()

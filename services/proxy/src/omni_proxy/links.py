@@ -184,8 +184,12 @@ class WorkerLink:
             await backoff.wait()
 
     def _told(self, message: worker_pb.WatchStatsResponse) -> None:
-        self._watch.reported()
         worker = self.member.worker
+        if message.epoch > worker.epoch:
+            # A later process answers at the address, maybe one that still loads; membership tells when it takes work.
+            self._set_unreachable()
+            return
+        self._watch.reported()
         if (role := role_from_wire(message.role)) is not None:
             self._tells_role = True
             if role is not worker.role:

@@ -1,11 +1,10 @@
 """The default policy: one predicted cost in milliseconds for every way to run a request, and the least of them.
 
-    pair   queue(p) + load(p) + prefill(p) + transfer(p, d) + seat(d) + decode(d) + price * prefill(p)
-    alone  queue(d) + load(d) + prefill(d)                  + seat(d) + decode(d) + price * prefill(d)
+    pair   queue(p) + load(p) + prefill(p) + transfer(p, d) + seat(d) + decode(d)
+    alone  queue(d) + load(d) + prefill(d)                  + seat(d) + decode(d)
 
-`decode` is what the next `horizon_tokens` gaps take. `price` is what a millisecond of computing costs those who come
-after: while workers have nothing to do it is nothing; the longer the shortest queue, the dearer is work that another
-worker's cache would save. So requests stick to their prefix as far as it pays, and no further.
+`decode` is what the next `horizon_tokens` gaps take. A cached prefix counts for the milliseconds it saves, so requests
+stick to theirs as far as it pays, and no further.
 
 Ways that would break the inter-token SLO, of this sequence or of those already running on the worker, are taken only
 where there is no other. Beside prefill workers, a decode worker computes a prompt only where it does not hold up the
@@ -25,8 +24,6 @@ from omni_proxy.scheduling.view import Bools, FleetView, Floats, Rows
 
 class CostParameters(Parameters):
     horizon_tokens: float = Field(16.0, ge=0, description="So many gaps between tokens count towards the cost")
-    price_per_ms: float = Field(0.0, ge=0, description="Growth of the price of work with the shortest queue, per ms")
-    max_price: float = Field(4.0, ge=0, description="Most that a millisecond of computing may cost, in milliseconds")
     stall_steps: float = Field(
         3.0, ge=1, description="A step with a prompt in it may last so many ITL SLOs, or so many ordinary steps"
     )
@@ -56,10 +53,8 @@ class CostPolicy:
         if not request.may_prefill:
             return self._continued(request, view, decodes, decode_ms, keeps_itl)
         first_ms = view.times.queue_ms + view.load_ms + view.times.prefill_ms
-        price = self._price(request, view, prefills if len(prefills) else decodes)
-        work_ms = price * view.times.prefill_ms
-        alone = self._alone(request, view, decodes, first_ms + work_ms, decode_ms, keeps_itl)
-        pair = self._pair(request, view, prefills, decodes, first_ms + work_ms, decode_ms, keeps_itl)
+        alone = self._alone(request, view, decodes, first_ms, decode_ms, keeps_itl)
+        pair = self._pair(request, view, prefills, decodes, first_ms, decode_ms, keeps_itl)
         best_alone = int(np.argmin(alone.value))
         least = self._parameters.disaggregate_min_tokens
         is_short = least is None or int(view.uncached_tokens(request)[decodes[best_alone]]) < least
@@ -80,11 +75,6 @@ class CostPolicy:
         if slo_ms is None:
             return cost, np.zeros(len(decodes))
         return cost, np.where(step_ms > slo_ms, TIER, 0.0)
-
-    def _price(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> float:
-        """Of a millisecond of computing, in milliseconds of others' waiting."""
-        wait_ms = request.waited_ms + float(view.times.queue_ms[rows].min())
-        return min(self._parameters.max_price, self._parameters.price_per_ms * wait_ms)
 
     def _alone(
         self, request: SchedulingRequest, view: FleetView, decodes: Rows, first: Floats, decode: Floats, penalty: Floats
