@@ -24,7 +24,7 @@ from omni_proxy.flow.gate import FlowGate
 from omni_proxy.flow.metrics import FlowMetrics
 from omni_proxy.flow.queue import FlowQueue
 from omni_proxy.health import Health
-from omni_proxy.hedging import Hedging, HedgingSettings
+from omni_proxy.hedging import Hedging
 from omni_proxy.http import Api, create_app
 from omni_proxy.kv_pages import KvPages
 from omni_proxy.links import WorkerLink
@@ -142,7 +142,7 @@ class _Steering:
     policy: LivePolicy
     gate: FlowGate
     tenants: Tenants
-    hedging: HedgingSettings
+    hedging: Hedging
     watcher: ConfigWatcher | None
 
 
@@ -154,18 +154,20 @@ def _steering(
     gate = FlowGate(FlowQueue(config.flow), room, flow_metrics)
     fleet.subscribe(gate.poke)
     policy, tenants = LivePolicy(config), Tenants(config.tenants, config.slo.slo, flow_metrics)
+    hedging = Hedging(config.hedging)
     metrics.show(config)
 
     def apply(new: ScheduleConfig) -> None:
         policy.reconfigure(new)
         tenants.reconfigure(new.tenants, new.slo.slo)
         fleet.health.settings = new.health
+        hedging.settings = new.hedging
         room.lookahead_ms = new.flow.lookahead_ms
         gate.reconfigure(new.flow)
 
     live.subscribe(apply)
     watcher = None if path is None else ConfigWatcher(path, base, live, metrics)
-    return _Steering(policy, gate, tenants, config.hedging, watcher)
+    return _Steering(policy, gate, tenants, hedging, watcher)
 
 
 def _base(settings: Settings) -> ScheduleConfig:
@@ -198,7 +200,7 @@ def _api(
             OutputLengths(),
             steering.gate,
             _proxy_id(settings),
-            hedging=Hedging(steering.hedging),
+            hedging=steering.hedging,
         ),
         text=text,
         served=Served(

@@ -28,10 +28,10 @@ class HedgingSettings(BaseModel):
 
 
 class Hedging:
-    """Owns the budget and the learnt quantile."""
+    """Owns the budget and the learnt quantile. `settings` may be replaced at any time."""
 
     def __init__(self, settings: HedgingSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._ratios: deque[float] = deque(maxlen=_REMEMBERED)
         self._late_ratio = settings.first_ratio
         self._seen = 0
@@ -39,7 +39,7 @@ class Hedging:
 
     def patience_ms(self, predicted_ms: float) -> float | None:
         """How long a prefill may last before it is hedged; None: it is not. Each call earns its share of budget."""
-        settings = self._settings
+        settings = self.settings
         if not settings.enabled:
             return None
         self._budget = min(settings.budget_burst, self._budget + settings.budget_ratio)
@@ -54,13 +54,13 @@ class Hedging:
 
     def give_back(self) -> None:
         """The hedge that was paid for could not start."""
-        self._budget = min(self._settings.budget_burst, self._budget + 1)
+        self._budget = min(self.settings.budget_burst, self._budget + 1)
 
     def seen(self, predicted_ms: float, lasted_ms: float) -> None:
         """A prefill ended, or was given up after `lasted_ms`."""
-        if not self._settings.enabled or predicted_ms <= 0:
+        if not self.settings.enabled or predicted_ms <= 0:
             return
         self._ratios.append(lasted_ms / predicted_ms)
         self._seen += 1
-        if self._seen >= self._settings.min_seen and self._seen % _REFRESH_EVERY == 0:
-            self._late_ratio = float(np.quantile(self._ratios, self._settings.quantile))
+        if self._seen >= self.settings.min_seen and self._seen % _REFRESH_EVERY == 0:
+            self._late_ratio = float(np.quantile(self._ratios, self.settings.quantile))

@@ -33,8 +33,8 @@ def arrival(ticket: Ticket) -> Key:
 
 
 def first_token_deadline(ticket: Ticket) -> Key:
-    """Due first, but a shorter prompt before a longer one that is due only a little earlier: nearly as many are in time,
-    and all others wait less. Requests without a service level follow those with one, in the same manner by arrival.
+    """By what is due, but a shorter prompt before a longer one that is due only a little earlier: as many are in time,
+    and the others wait less. Requests without a service level follow those with one, in the same manner by arrival.
     """
     size_s = _SIZE_WEIGHT * ticket.prefill_ms / 1e3
     return (ticket.ttft_deadline_s + size_s, ticket.arrived_s + size_s)
