@@ -11,9 +11,9 @@ from omni_common.errors import DeadlineExceeded, OmniError, Unavailable
 from omni_engine import ports as engine_ports
 from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.sim import SimEngine, SimSettings
+from omni_proxy.attempt import STALLED
 from omni_proxy.feed import End, Feed
 from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
-from omni_proxy.health import STALLED
 from omni_proxy.ports import FinishReason, KvHandle, PrefillAnswer, PrefillOrder, SequenceStart, Submission
 from omni_proxy.ports import Timings as ProxyTimings
 from omni_proxy.replica import Action, BlockChange, Holder

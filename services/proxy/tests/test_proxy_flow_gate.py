@@ -383,7 +383,7 @@ async def test_a_displaced_request_learns_it_at_once():
 
 
 async def test_no_worker_is_503_at_once_or_after_a_wait():
-    async with bench({"fixed_ms": math.inf}) as b:
+    async with bench({"fixed_ms": math.inf}, worker_wait_ms=0) as b:
         error = error_of(await b.ask("r"))
         assert isinstance(error, Unavailable) and error.reason == "no_decode_worker" and error.retry_after_s
     async with bench({"fixed_ms": math.inf}, worker_wait_ms=3000) as b:

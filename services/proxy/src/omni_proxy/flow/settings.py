@@ -57,7 +57,7 @@ class FlowSettings(BaseModel):
         default=2000.0, gt=0, description="The head goes anyway when nothing could be released for so long"
     )
     worker_wait_ms: float = Field(
-        default=0.0, ge=0, description="How long to wait for a worker when none takes work; 0: 503 at once"
+        default=1000.0, ge=0, description="How long to wait for a worker when none takes work; 0: 503 at once"
     )
     order: str = "slo"
     fairness: str = "least_attained_service"
