@@ -49,7 +49,8 @@ def notes_of(wishes: Wishes, results: Results, divisor: int) -> list[str]:
         "stack's own proxy stays idle",
         f"{workload.conversations} conversations evenly from the whole trace, {count} requests; lengths divided by "
         f"{divisor}: {tokens / count:.0f} prompt and {output / count:.0f} output tokens on average; an endless cache "
-        f"would hit {workload.best_hit_rate:.1%}; {workload.left_out} conversations do not fit and were left out",
+        f"would hit {workload.best_hit_rate(int(WARM * count)):.1%} of what is counted; {workload.left_out} "
+        "conversations do not fit and were left out",
         f"tokens are drawn anew for every replay, so that no cache holds anything of another; the first {WARM:.0%} of "
         "each are not counted",
         f"SLO, told to the policies: first token within {wishes.promise.ttft_ms:g} ms, mean gap within "

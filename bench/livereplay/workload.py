@@ -55,20 +55,17 @@ class Workload:
         scale = (len(raw) - 1) / rate / span_s if span_s else 0.0
         return [(at_s - raw[0]) * scale for at_s in raw]
 
-    @property
-    def best_hit_rate(self) -> float:
-        """Of prompt tokens, with one endless cache that fills at once."""
+    def best_hit_rate(self, warm: int = 0) -> float:
+        """Of prompt tokens after the first `warm` prompts, with one endless cache that fills at once."""
         seen: set[tuple[int, ...]] = set()
         hits = 0
-        for prompt in self.prompts:
+        for number, prompt in enumerate(self.prompts):
             # Whole blocks, and never the last token's.
             prefixes = [prompt.hash_ids[: i + 1] for i in range((prompt.tokens - 1) // self.block_tokens)]
-            for prefix in prefixes:
-                if prefix not in seen:
-                    break
-                hits += self.block_tokens
+            held = next((i for i, prefix in enumerate(prefixes) if prefix not in seen), len(prefixes))
+            hits += held * self.block_tokens if number >= warm else 0
             seen.update(prefixes)
-        return hits / max(1, sum(prompt.tokens for prompt in self.prompts))
+        return hits / max(1, sum(prompt.tokens for prompt in self.prompts[warm:]))
 
     def _block(self, salt: str, hash_id: int) -> list[int]:
         return random.Random(f"{salt}/{hash_id}").choices(range(_VOCABULARY), k=self.block_tokens)

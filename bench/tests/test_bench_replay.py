@@ -72,7 +72,8 @@ def test_equal_ids_are_equal_tokens_of_one_salt(trace: Path) -> None:
 def test_the_best_hit_rate_counts_whole_blocks(trace: Path) -> None:
     workload = read_workload(trace, 9, 16, 400)
     # 62 of block 0; 100: 1 block of 3; 93: 1 of 2, the second was cut before; 6: none; 125: 3 blocks.
-    assert workload.best_hit_rate == pytest.approx(32 * (1 + 1 + 3) / (62 + 100 + 93 + 6 + 125))
+    assert workload.best_hit_rate() == pytest.approx(32 * (1 + 1 + 3) / (62 + 100 + 93 + 6 + 125))
+    assert workload.best_hit_rate(3) == pytest.approx(32 * 3 / (6 + 125))
 
 
 @settings(deadline=None)
