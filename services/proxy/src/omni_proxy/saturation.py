@@ -89,8 +89,7 @@ class Saturation:
 
     def _seats(self, slots: Rows) -> Floats:
         """Share taken, those who wait for one included."""
-        columns, most = self._fleet.columns, self._fleet.times.most_sequences(slots)
-        sequences = columns.running[slots] + columns.waiting[slots]
+        most, sequences = self._fleet.times.most_sequences(slots), self._fleet.times.sequences(slots)
         taken: Floats = np.where(most > 0, sequences / np.maximum(most, 1), 0.0)
         return taken
 

@@ -28,7 +28,9 @@ class CostParameters(Parameters):
         3.0, ge=1, description="A step with a prompt in it may last so many ITL SLOs, or so many ordinary steps"
     )
     stall_tokens: float = Field(
-        64.0, ge=1, description="The ITL SLO is of the mean of so many gaps, over which a prompt beside them is spread"
+        64.0,
+        ge=1,
+        description="The ITL SLO is of the mean of so many gaps, which prompts beside them may lengthen",
     )
     min_confidence: float = Field(
         0.5, ge=0, le=1, description="Of the prompts' times, for a decode worker to compute one beside prefill workers"
@@ -102,7 +104,8 @@ class CostPolicy:
         step_ms, stall_ms = times.step_ms[decodes], times.stall_ms[decodes]
         if slo_ms is None:
             return stall_ms > parameters.stall_steps * step_ms
-        mean_ms = step_ms + times.prefill_ms[decodes] / parameters.stall_tokens
+        beside_ms = times.queue_ms[decodes] + times.prefill_ms[decodes]
+        mean_ms = step_ms + beside_ms / parameters.stall_tokens
         return (mean_ms > slo_ms) | (stall_ms > parameters.stall_steps * slo_ms)
 
     def _pair(

@@ -174,11 +174,18 @@ class WorkerTimes:
         seats: Ints = self._limits[slots, 0]
         return seats
 
+    def sequences(self, slots: Rows) -> Ints:
+        """On each worker: as it last said, or as own legs and others' tell where that is more."""
+        columns = self._columns
+        told = columns.running[slots] + columns.waiting[slots]
+        more: Ints = np.maximum(told, columns.own_requests[slots] + columns.others_sequences[slots])
+        return more
+
     def have_seats(self, slots: Rows, tokens: int) -> Bools:
         """Whether each worker's batch and cache have room for one more sequence of so many tokens."""
         columns, limits = self._columns, self._limits[slots]
         seats, kv_tokens = limits[:, 0], limits[:, 1]
-        has_seat = (columns.running[slots] + columns.waiting[slots] < seats) | (seats == 0)
+        has_seat = (self.sequences(slots) < seats) | (seats == 0)
         has_room = (columns.kv_usage[slots] * kv_tokens + tokens <= kv_tokens) | (kv_tokens == 0)
         free: Bools = has_seat & has_room
         return free
@@ -308,7 +315,7 @@ class RequestTimes:
             return np.zeros(len(slots))
         limits = self._times._limits[slots]
         running = np.maximum(columns.running[slots], 1)
-        over_seats = np.where(limits[:, 0] > 0, columns.running[slots] + columns.waiting[slots] + 1 - limits[:, 0], 0)
+        over_seats = np.where(limits[:, 0] > 0, self._times.sequences(slots) + 1 - limits[:, 0], 0)
         needed = np.where(limits[:, 1] > 0, tokens / np.maximum(limits[:, 1], 1), 0)
         over_room = np.maximum(columns.kv_usage[slots] + needed - 1.0, 0.0) * running
         ends: Floats = np.maximum(np.maximum(over_seats, over_room), 0.0)

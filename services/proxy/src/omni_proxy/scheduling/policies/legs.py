@@ -100,7 +100,7 @@ class ByLeg:
             prefill_costs=prefill_costs,
             decode_costs=costs_of(decodes, seats),
             alone_costs=alone_costs,
-            prediction=_prediction(view, prefill, decode),
+            prediction=_prediction(request, view, prefill, decode),
         )
 
     def _alone(self, request: SchedulingRequest, view: FleetView, prefills: Rows, decode: int) -> Reason | None:
@@ -138,9 +138,18 @@ def _pairable(view: FleetView, prefills: Rows, ranking: Ranking, decodes: Rows) 
     return first(view, prefills, ranking, pairing) if pairing.any() else None
 
 
-def _prediction(view: FleetView, prefill: int | None, decode: int) -> Prediction:
+def _prediction(request: SchedulingRequest, view: FleetView, prefill: int | None, decode: int) -> Prediction:
     """What the predictors say of the choice, though it was not made by them."""
     times, computing = view.times, decode if prefill is None else prefill
+    confidence = float(times.confidence[computing])
+    if (pulls := _pulling(request, view, np.array([decode]))) is not None and pulls[0]:
+        holder = np.array([view.ids.index(request.held_by or "")])
+        return Prediction(
+            queue_ms=float(times.seat_ms[decode]),
+            transfer_ms=float(times.transfer_ms(holder, np.array([decode]))[0, 0]),
+            step_ms=float(times.step_ms[decode]),
+            confidence=confidence,
+        )
     transfer_ms = 0.0
     if prefill is not None:
         transfer_ms = float(times.transfer_ms(np.array([prefill]), np.array([decode]))[0, 0])
@@ -149,5 +158,5 @@ def _prediction(view: FleetView, prefill: int | None, decode: int) -> Prediction
         prefill_ms=float(times.prefill_ms[computing]),
         transfer_ms=transfer_ms,
         step_ms=float(times.step_ms[decode]),
-        confidence=float(times.confidence[computing]),
+        confidence=confidence,
     )
