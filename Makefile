@@ -16,10 +16,10 @@ TESTS := $(wildcard proto libs services cli tests)
 PACKAGES := omni_common omni_engine omni_kernels omni_proxy omni_prefill omni_decode omni_kvstore omni_placement omni_cli
 BUF := .omni/tools/node_modules/.bin/buf
 
-.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench bench-kvstore clean release
+.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench bench-kvstore bench-proxy bench-scheduler chaos clean release
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS are passed on: make up ARGS='--engine sim --decode 4'; make test ARGS='-k sessions'"
 
@@ -87,6 +87,15 @@ bench: setup  ## measure a stack beside vLLM's own server (ARGS=--quick)
 
 bench-kvstore: setup  ## measure the prefix index beside its baselines (ARGS=--quick)
 	@$(BIN)/python bench/kvstore.py $(ARGS)
+
+bench-proxy: setup  ## tokens per second, latency and profile of the proxy on one core (ARGS=--quick)
+	@$(BIN)/python bench/proxy.py $(ARGS)
+
+bench-scheduler: setup  ## compare scheduling policies on a trace (ARGS='--trace FILE --quick'), simulated
+	@$(BIN)/python bench/scheduler.py $(ARGS)
+
+chaos: setup  ## kill, pause and delay a stack under load for ten minutes (ARGS='--engine vllm --seed 7')
+	@$(BIN)/python tests/chaos/run.py $(ARGS)
 
 release: setup  ## build one package into dist/ (PKG=services/proxy) after checking its changelog
 	@test -f "$(PKG)/pyproject.toml" || { echo "error: name a package: make release PKG=services/proxy"; exit 1; }
