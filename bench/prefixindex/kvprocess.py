@@ -120,7 +120,7 @@ def kvstore(redis_url: str, profile: Path | None = None) -> Iterator[KvStore]:
             "OMNI_KVSTORE_PORT": str(port),
             "OMNI_KVSTORE_LEASE_S": "600",
         }
-        how = ["-m", "prefixindex.profiled", str(profile)] if profile else ["-m", "omni_kvstore"]
+        how = ["-m", "sidebyside.profiled", "omni_kvstore", str(profile)] if profile else ["-m", "omni_kvstore"]
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, *how],

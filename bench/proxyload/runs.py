@@ -170,8 +170,8 @@ class Bench:
                 "OMNI_PROXY_PORT": str(port),
                 "OMNI_PROXY_MAX_INFLIGHT": "4096",
             }
-            module = "proxyload.profiled" if profile else "omni_proxy"
-            file = [str(profile)] if profile else []
+            module = "sidebyside.profiled" if profile else "omni_proxy"
+            file = ["omni_proxy", str(profile)] if profile else []
             log = wishes.logs / "proxy.log"
             server = stack.enter_context(
                 started("proxy", module, file, wishes.cores.server, log, environment=environment)

@@ -1,15 +1,15 @@
-"""The proxy under a profiler: `python -m proxyload.profiled FILE`. SIGUSR1 begins, SIGUSR2 ends and writes FILE."""
+"""A service under a profiler: `python -m sidebyside.profiled MODULE FILE`. SIGUSR1 begins, SIGUSR2 ends, writes FILE."""
 
 import cProfile
+import importlib
 import signal
 import sys
 from pathlib import Path
 
-from omni_proxy.__main__ import main as serve
-
 
 def main() -> None:
-    path, profiler = Path(sys.argv.pop(1)), cProfile.Profile()
+    service, path = importlib.import_module(f"{sys.argv.pop(1)}.__main__"), Path(sys.argv.pop(1))
+    profiler = cProfile.Profile()
 
     def end(*_: object) -> None:
         profiler.disable()
@@ -18,7 +18,7 @@ def main() -> None:
 
     signal.signal(signal.SIGUSR1, lambda *_: profiler.enable())
     signal.signal(signal.SIGUSR2, end)
-    serve()
+    service.main()
 
 
 if __name__ == "__main__":
