@@ -1,4 +1,4 @@
-"""A service under a profiler: `python -m sidebyside.profiled MODULE FILE`. SIGUSR1 begins, SIGUSR2 ends, writes FILE."""
+"""A service under a profiler: `python -m sidebyside.profiled MODULE FILE`. SIGUSR1 begins; SIGUSR2 ends and writes."""
 
 import cProfile
 import importlib
