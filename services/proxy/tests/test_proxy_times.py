@@ -203,6 +203,24 @@ def test_who_came_together_hears_of_the_first_that_is_seen() -> None:
     assert world.prefill_ms("stranger", 2000) == prior
 
 
+def test_a_worker_that_has_not_decoded_is_taken_to_step_like_the_first_that_has() -> None:
+    """With steps believed slower than they are it would get no sequence, and never show what it can."""
+    world = World(4)
+    for name in ("used", "unused", "stranger"):
+        world.join(name, capacity=STRANGER if name == "stranger" else KIND)
+    slots = {name: world.columns.slot(name) for name in ("used", "unused", "stranger")}
+
+    def step_ms(name: str) -> float:
+        return float(world.times.of(np.array([slots[name]]), 0.0, 100, 1, np.array([0])).step_ms[0])
+
+    believed = step_ms("stranger")
+    for batch in range(1, 41):
+        world.times.saw_steps(slots["used"], batch, 100.0 * batch, 0.0, 5.0 + 0.1 * batch)
+    assert step_ms("used") == pytest.approx(5.1, rel=0.1)
+    assert step_ms("unused") == pytest.approx(step_ms("used"), rel=0.1)
+    assert step_ms("stranger") == pytest.approx(believed)
+
+
 def test_a_restarted_worker_keeps_what_it_knows_of_itself() -> None:
     world = World(5)
     world.join("fast")

@@ -61,6 +61,8 @@ class _Known:
     step: int
     is_seen: bool = False
     """Prompts of it were, in an earlier epoch perhaps."""
+    has_stepped: bool = False
+    """Decode steps of it were seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class WorkerTimes:
         known.is_seen = True
         seen = Seen(self._prompt.observe(known.prompt, work, seen_ms), seen_ms)
         if self._prompt.counts(np.array([known.prompt]))[0] in _TELLS:
-            self._tell(known.capacity.kind)
+            self._tell_prompts(known.capacity.kind)
         return seen
 
     def saw_transfer(self, prefill: int, decode: int, tokens: int, seen_ms: float) -> Seen | None:
@@ -163,7 +165,11 @@ class WorkerTimes:
             return None
         self._background[slot] += _STEP_BACKGROUND * (prompt_tokens - self._background[slot])
         features = np.array([1.0, batch, context_tokens / 1e3, prompt_tokens])
-        return Seen(self._step.observe(known.step, features, ms), ms)
+        known.has_stepped = True
+        seen = Seen(self._step.observe(known.step, features, ms), ms)
+        if self._step.counts(np.array([known.step]))[0] in _TELLS:
+            self._tell_steps(known.capacity.kind)
+        return seen
 
     def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Until what is in flight to each worker is computed."""
@@ -226,15 +232,23 @@ class WorkerTimes:
             work[:, 2] += others * (others / np.maximum(prompts, 1)) / 2e3
         return work
 
-    def _tell(self, kind: str) -> None:
+    def _tell_prompts(self, kind: str) -> None:
         """Workers of which no prompt was seen start from what was learned of others of their kind."""
         alike = {slot: k for slot, k in self._known.items() if k.capacity.kind == kind}
-        rows = np.array([k.prompt for k in alike.values()])
-        typical = self._prompt.typical(rows)
+        typical = self._prompt.typical(np.array([k.prompt for k in alike.values()]))
         for slot, known in alike.items():
             if not known.is_seen:
                 self._prompt.remove(known.prompt)
                 known.prompt = self._prompt_rows[slot] = self._prompt.add(typical)
+
+    def _tell_steps(self, kind: str) -> None:
+        """The same for decode steps. Else a worker whose steps are only believed slow would never get to show its own."""
+        alike = {slot: k for slot, k in self._known.items() if k.capacity.kind == kind}
+        typical = self._step.typical(np.array([k.step for k in alike.values()]))
+        for slot, known in alike.items():
+            if not known.has_stepped:
+                self._step.remove(known.step)
+                known.step = self._step_rows[slot] = self._step.add(typical)
 
     def _general(self, connector: str) -> int:
         row = self._connectors.get(connector)
