@@ -25,7 +25,9 @@ def otlp() -> Iterator[OtlpReceiver]:
 def stack(otlp: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
     """One prefill and one decode worker on real vLLM engines."""
     home = tmp_path_factory.mktemp("stack")
-    with live_stack(home, "--otlp", otlp.endpoint, *SMALL) as running:
+    # Prompts here are so short that by default decode would compute most of them itself.
+    environ = {"OMNI_PROXY_POLICY": "least_uncached_tokens"}
+    with live_stack(home, "--otlp", otlp.endpoint, *SMALL, environ=environ) as running:
         yield running
 
 
