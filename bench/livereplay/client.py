@@ -6,7 +6,7 @@ Gaps between tokens are between reads that brought some; a request's mean gap is
 import asyncio
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sidebyside.wire import post
@@ -26,6 +26,7 @@ class Order:
     body: bytes
     prompt_tokens: int
     output_tokens: int
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -92,13 +93,13 @@ async def _stream(port: int, order: Order, answer: Answer) -> None:
     sent_s = clock()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_READ_BYTES)
     try:
-        writer.write(post("127.0.0.1", "/v1/completions", order.body))
+        writer.write(post("127.0.0.1", "/v1/completions", order.body, order.headers))
         await writer.drain()
         data = head = await reader.read(_READ_BYTES)
         before = b""
         while data:
             _note(answer, data, (clock() - sent_s) * 1e3)
-            if (before + data).endswith(b"0\r\n\r\n"):
+            if (before + data).endswith(b"0\r\n\r\n") or not head.startswith(b"HTTP/1.1 200"):
                 break
             before, data = data, await reader.read(_READ_BYTES)
         _check(answer, head, before + data)

@@ -4,6 +4,7 @@ Standard library only: the load process must start fast and cost little beside w
 """
 
 import re
+from collections.abc import Mapping
 
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
@@ -86,9 +87,8 @@ def _number(pattern: re.Pattern[bytes], event: bytes) -> int:
     return int(found[1]) if found else 0
 
 
-def post(host: str, path: str, body: bytes) -> bytes:
+def post(host: str, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
     """A whole request, ready to be written."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    named = {"Host": host, "Content-Type": "application/json", "Content-Length": len(body), **(headers or {})}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in named.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body

@@ -156,7 +156,7 @@ def test_nothing_forgotten_is_promised(pair: LiveStack, part: str) -> None:
         eventually("the index is right", lambda: is_right(pair), SETTLE_TIMEOUT_S)
         victim = kill(pair, part)
         eventually(f"{part} is back", lambda: is_back(pair, part, victim), RELOAD_TIMEOUT_S)
-        # The first comes before anything was told again; those after it, when the blocks it evicted are known to be gone.
+        # The first comes before anything was told again, those after it when what it evicted is known to be gone.
         for _ in range(PROMPTS_AFTER_A_KILL):
             promises.append(ask(pair, http, prompts.next()))
             eventually("the index is right again", lambda: is_right(pair), SETTLE_TIMEOUT_S)

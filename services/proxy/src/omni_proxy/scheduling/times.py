@@ -242,7 +242,7 @@ class WorkerTimes:
                 known.prompt = self._prompt_rows[slot] = self._prompt.add(typical)
 
     def _tell_steps(self, kind: str) -> None:
-        """The same for decode steps. Else a worker whose steps are only believed slow would never get to show its own."""
+        """The same for decode steps. A worker whose steps are only believed slow would never get to show its own."""
         alike = {slot: k for slot, k in self._known.items() if k.capacity.kind == kind}
         typical = self._step.typical(np.array([k.step for k in alike.values()]))
         for slot, known in alike.items():
