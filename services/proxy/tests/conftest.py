@@ -124,7 +124,7 @@ class FakeWorker:
     def info(self) -> engine_pb2.WorkerInfo:
         return engine_pb2.WorkerInfo(
             worker_id=self.worker_id, address=self.address, role=self.role, epoch=self.epoch, model=self.model,
-            block_size=self.block_size, num_blocks=100, max_model_len=256, max_num_seqs=8, engine="fake",
+            block_size=self.block_size, num_blocks=100, max_model_len=256, max_num_seqs=64, engine="fake",
             kv_connector="fake", engine_id=self.worker_id,
         )  # fmt: skip
 

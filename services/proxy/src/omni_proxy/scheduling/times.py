@@ -328,8 +328,11 @@ class RequestTimes:
         if self._times.have_seats(slots, tokens).all():
             return np.zeros(len(slots))
         limits = self._times._limits[slots]
-        running = np.maximum(columns.running[slots], 1)
-        over_seats = np.where(limits[:, 0] > 0, self._times.sequences(slots) + 1 - limits[:, 0], 0)
+        sequences = self._times.sequences(slots)
+        # Reports are late: of those sent since, as many run as there are seats.
+        seated = np.where(limits[:, 0] > 0, np.minimum(sequences, limits[:, 0]), columns.running[slots])
+        running = np.maximum(np.maximum(columns.running[slots], seated), 1)
+        over_seats = np.where(limits[:, 0] > 0, sequences + 1 - limits[:, 0], 0)
         needed = np.where(limits[:, 1] > 0, tokens / np.maximum(limits[:, 1], 1), 0)
         over_room = np.maximum(columns.kv_usage[slots] + needed - 1.0, 0.0) * running
         ends: Floats = np.maximum(np.maximum(over_seats, over_room), 0.0)
