@@ -8,7 +8,7 @@ A prompt's time is observed from its arrival at the worker to its end there, aga
 own: whatever the worker's batching, in a queue served in order the sum of the work is what passes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,17 +54,6 @@ class Capacity:
     max_batched_tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Known:
-    capacity: Capacity
-    prompt: int
-    step: int
-    is_seen: bool = False
-    """Prompts of it were, in an earlier epoch perhaps."""
-    has_stepped: bool = False
-    """Decode steps of it were seen."""
-
-
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A prediction beside what came."""
@@ -87,7 +76,11 @@ class WorkerTimes:
         self._prompt = make(3)
         self._step = make(4)
         self._transfer = make(2)
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, Capacity] = {}
+        """By slot."""
+        self._prompts_seen: set[int] = set()
+        """Slots of workers of which prompts were seen, in an earlier epoch perhaps."""
+        self._steps_seen: set[int] = set()
         self._connectors: dict[str, int] = {}
         self._prompt_rows = np.zeros(0, np.int64)
         self._step_rows = np.zeros(0, np.int64)
@@ -101,29 +94,29 @@ class WorkerTimes:
     def join(self, slot: int, capacity: Capacity) -> None:
         """A worker, or the next epoch of one, of which more is known than of a stranger."""
         known = self._known.get(slot)
-        if known is not None and known.capacity.kind == capacity.kind:
-            known.capacity = capacity
-            self._prompt.restart(known.prompt)
-            self._step.restart(known.step)
+        self._fit(slot)
+        if known is not None and known.kind == capacity.kind:
+            self._prompt.restart(int(self._prompt_rows[slot]))
+            self._step.restart(int(self._step_rows[slot]))
         else:
             self.leave(slot)
-            alike = [k for k in self._known.values() if k.capacity.kind == capacity.kind]
-            prompt = self._prompt.add(_prior(self._prompt, [k.prompt for k in alike], self._priors.prompt))
-            step = self._step.add(_prior(self._step, [k.step for k in alike], self._priors.step))
-            self._known[slot] = _Known(capacity, prompt, step)
-        self._fit(slot)
-        known = self._known[slot]
-        self._prompt_rows[slot], self._step_rows[slot] = known.prompt, known.step
+            alike = self._alike(capacity.kind)
+            self._prompt_rows[slot] = self._prompt.add(
+                _prior(self._prompt, self._prompt_rows[alike], self._priors.prompt)
+            )
+            self._step_rows[slot] = self._step.add(_prior(self._step, self._step_rows[alike], self._priors.step))
+        self._known[slot] = capacity
         self._limits[slot] = capacity.max_num_seqs, capacity.kv_tokens, capacity.max_batched_tokens
         self._connector_rows[slot] = self._general(capacity.connector)
         self._background[slot] = 0.0
 
     def leave(self, slot: int) -> None:
-        known = self._known.pop(slot, None)
-        if known is None:
+        if self._known.pop(slot, None) is None:
             return
-        self._prompt.remove(known.prompt)
-        self._step.remove(known.step)
+        self._prompts_seen.discard(slot)
+        self._steps_seen.discard(slot)
+        self._prompt.remove(int(self._prompt_rows[slot]))
+        self._step.remove(int(self._step_rows[slot]))
         for rows in (self._pair_rows[slot], self._pair_rows[:, slot]):
             for row in rows[rows >= 0]:
                 self._transfer.remove(int(row))
@@ -139,21 +132,22 @@ class WorkerTimes:
         known = self._known.get(slot)
         if known is None:
             return None
-        known.is_seen = True
-        seen = Seen(self._prompt.observe(known.prompt, work, seen_ms), seen_ms)
-        if self._prompt.counts(np.array([known.prompt]))[0] in _TELLS:
-            self._tell_prompts(known.capacity.kind)
+        self._prompts_seen.add(slot)
+        row = int(self._prompt_rows[slot])
+        seen = Seen(self._prompt.observe(row, work, seen_ms), seen_ms)
+        if self._prompt.counts(np.array([row]))[0] in _TELLS:
+            self._tell(known.kind, self._prompt, self._prompt_rows, self._prompts_seen)
         return seen
 
     def saw_transfer(self, prefill: int, decode: int, tokens: int, seen_ms: float) -> Seen | None:
         known = self._known.get(prefill)
         if known is None or decode not in self._known or tokens <= 0:
             return None
-        general = self._general(known.capacity.connector)
+        general = self._general(known.connector)
         features = np.array([1.0, tokens / 1e3])
         row = int(self._pair_rows[prefill, decode])
         if row < 0:
-            row = self._transfer.add(_prior(self._transfer, [general], self._priors.transfer))
+            row = self._transfer.add(_prior(self._transfer, np.array([general]), self._priors.transfer))
             self._pair_rows[prefill, decode] = row
         self._transfer.observe(general, features, seen_ms)
         return Seen(self._transfer.observe(row, features, seen_ms), seen_ms)
@@ -165,10 +159,11 @@ class WorkerTimes:
             return None
         self._background[slot] += _STEP_BACKGROUND * (prompt_tokens - self._background[slot])
         features = np.array([1.0, batch, context_tokens / 1e3, prompt_tokens])
-        known.has_stepped = True
-        seen = Seen(self._step.observe(known.step, features, ms), ms)
-        if self._step.counts(np.array([known.step]))[0] in _TELLS:
-            self._tell_steps(known.capacity.kind)
+        self._steps_seen.add(slot)
+        row = int(self._step_rows[slot])
+        seen = Seen(self._step.observe(row, features, ms), ms)
+        if self._step.counts(np.array([row]))[0] in _TELLS:
+            self._tell(known.kind, self._step, self._step_rows, self._steps_seen)
         return seen
 
     def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
@@ -207,9 +202,10 @@ class WorkerTimes:
 
     def confidence(self) -> Mapping[str, float]:
         """Of each model over all workers, [0, 1]."""
+        slots = list(self._known)
         rows = {
-            "prefill": (self._prompt, [k.prompt for k in self._known.values()]),
-            "step": (self._step, [k.step for k in self._known.values()]),
+            "prefill": (self._prompt, self._prompt_rows[slots].tolist()),
+            "step": (self._step, self._step_rows[slots].tolist()),
             "transfer": (self._transfer, list(self._connectors.values())),
         }
         return {name: float(model.confidence(np.array(of)).mean()) if of else 0.0 for name, (model, of) in rows.items()}
@@ -232,23 +228,21 @@ class WorkerTimes:
             work[:, 2] += others * (others / np.maximum(prompts, 1)) / 2e3
         return work
 
-    def _tell_prompts(self, kind: str) -> None:
-        """Workers of which no prompt was seen start from what was learned of others of their kind."""
-        alike = {slot: k for slot, k in self._known.items() if k.capacity.kind == kind}
-        typical = self._prompt.typical(np.array([k.prompt for k in alike.values()]))
-        for slot, known in alike.items():
-            if not known.is_seen:
-                self._prompt.remove(known.prompt)
-                known.prompt = self._prompt_rows[slot] = self._prompt.add(typical)
+    def _alike(self, kind: str) -> list[int]:
+        """Slots of the workers of a kind."""
+        return [slot for slot, capacity in self._known.items() if capacity.kind == kind]
 
-    def _tell_steps(self, kind: str) -> None:
-        """The same for decode steps. A worker whose steps are only believed slow would never get to show its own."""
-        alike = {slot: k for slot, k in self._known.items() if k.capacity.kind == kind}
-        typical = self._step.typical(np.array([k.step for k in alike.values()]))
-        for slot, known in alike.items():
-            if not known.has_stepped:
-                self._step.remove(known.step)
-                known.step = self._step_rows[slot] = self._step.add(typical)
+    def _tell(self, kind: str, model: Predictor, rows: Ints, seen: Collection[int]) -> None:
+        """Workers of a kind that the model has not seen start from what was learned of the others.
+
+        Else one that is only believed slow would get no work, and never show what it can.
+        """
+        alike = self._alike(kind)
+        typical = model.typical(rows[alike])
+        for slot in alike:
+            if slot not in seen:
+                model.remove(int(rows[slot]))
+                rows[slot] = model.add(typical)
 
     def _general(self, connector: str) -> int:
         row = self._connectors.get(connector)
@@ -350,13 +344,9 @@ class RequestTimes:
         rows = np.where(rows >= 0, rows, times._connector_rows[holders][:, None])
         features = np.empty((*rows.shape, 2))
         features[..., 0] = 1.0
-        features[..., 1] = self._moved_tokens[decodes] / 1e3
+        # What a decode worker does not have yet.
+        features[..., 1] = self._uncached[decodes] / 1e3
         return times._transfer.milliseconds(rows.ravel(), features.reshape(-1, 2)).reshape(rows.shape)
-
-    @property
-    def _moved_tokens(self) -> Ints:
-        """What a decode worker does not have yet."""
-        return self._uncached
 
     def _prompt_ms(self, new: Ints, cached: Ints) -> Floats:
         features = np.empty((len(new), 3))
@@ -366,7 +356,7 @@ class RequestTimes:
         return self._times._prompt.milliseconds(self._times._prompt_rows[self._slots], features)
 
 
-def _prior(model: Predictor, alike: Sequence[int], fallback: Sequence[float]) -> Floats:
-    if alike and (model.confidence(np.array(alike)) > 0).any():
-        return model.typical(np.array(alike))
+def _prior(model: Predictor, alike: Ints, fallback: Sequence[float]) -> Floats:
+    if len(alike) and (model.confidence(alike) > 0).any():
+        return model.typical(alike)
     return np.array(fallback, np.float64)
