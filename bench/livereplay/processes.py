@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from sidebyside.ports import free_port
 
 _OMNI = Path(sys.executable).parent / "omni"
 _READY_S = 60.0
@@ -155,13 +155,6 @@ def _is_ready(proxy: Proxy, workers: int) -> bool:
     except (OSError, ValueError):
         return False
     return len([worker for worker in seen if worker["takes_work"]]) == workers
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _cores(ranges: str | None) -> Sequence[int]:

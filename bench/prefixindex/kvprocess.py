@@ -8,7 +8,6 @@ import json
 import os
 import pstats
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+from sidebyside.ports import free_port
 
 from prefixindex.publisher import PublisherDuties
 from prefixindex.redisserver import RedisServer, redis_server
@@ -113,7 +113,7 @@ class KvStore:
 def kvstore(redis_url: str, profile: Path | None = None) -> Iterator[KvStore]:
     """`python -m omni_kvstore`, or with `profile` under a profiler that `recording` switches on."""
     with TemporaryDirectory(prefix="omni-bench-kvstore-") as folder:
-        log_path, port = Path(folder) / "log", _free_port()
+        log_path, port = Path(folder) / "log", free_port()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("OMNI_")}
         environment = clean | {
             "OMNI_KVSTORE_REDIS_URL": redis_url,
@@ -148,12 +148,6 @@ def _await_serving(process: "subprocess.Popen[bytes]", log_path: Path) -> None:
         if process.poll() is not None or time.monotonic() > end_s:
             raise Broken("kvstore did not serve\n" + "\n".join(log.splitlines()[-15:]))
         time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def measure_process(load: Load, seed: int, profile: bool = False) -> dict[str, Any]:

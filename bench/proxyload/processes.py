@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -94,12 +93,6 @@ def started(*arguments: Any, **options: Any) -> Iterator[Started]:
         yield process
     finally:
         process.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_ready(port: int, processes: Sequence[Started]) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sidebyside.ports import free_port
 from tokenizers import Tokenizer
 
-from proxyload.processes import HOST, Broken, Cores, Marks, Started, converse, free_port, started, wait_ready
+from proxyload.processes import HOST, Broken, Cores, Marks, Started, converse, started, wait_ready
 
 PROMPT = "Tell me about the weather in the mountains. " * 6
 # Never complete, but their first characters come up in the text, so that the matcher has to hold some of it back.
