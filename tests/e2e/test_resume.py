@@ -1,10 +1,12 @@
 """A worker dies in the middle of a request on real engines: the client sees what an undisturbed run would have said."""
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,20 @@ def drained(stack: LiveStack, name: str) -> Iterator[None]:
         worker.Drain(worker_pb.DrainRequest(resume=True), timeout=5)
 
 
+@contextmanager
+def stopped(stack: LiveStack, *names: str) -> Iterator[None]:
+    """Services that stand still, so that what they are asked for is not over before it can be looked at."""
+    pids = [stack.pid(name) for name in names]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def takes_work(stack: LiveStack, name: str) -> bool:
     with stack.client() as http:
         workers = http.get("/workers").json()["workers"]
@@ -157,7 +173,6 @@ def test_a_prefill_worker_dies_at_work_and_another_computes_the_prompt(tmp_path:
         words = [f"word{number}" for number in range(900)]
         request = {"model": stack.model, "prompt": " ".join(words), "max_tokens": 24, "temperature": 0}
         told = Told()
-        listener = pool.submit(listen, stack, request, told)
 
         def busy() -> str | None:
             with stack.client() as http:
@@ -165,7 +180,9 @@ def test_a_prefill_worker_dies_at_work_and_another_computes_the_prompt(tmp_path:
             held = [w["id"] for w in workers if w["role"] == "prefill" and w["in_flight"]["requests"]]
             return held[0].removeprefix(f"{stack.name}-") if held else None
 
-        stack.kill(eventually("a prefill runs", busy, 30))
+        with stopped(stack, "prefill-0", "prefill-1"):
+            listener = pool.submit(listen, stack, request, told)
+            stack.kill(eventually("a prefill is asked for", busy, 30))
         listener.result(120)
         assert (told.error, told.is_done) == (None, True)
         assert counter(stack, "omni_proxy_retries_total") == 1

@@ -373,6 +373,8 @@ async def proxy_of(model_dir: Path, workers: dict[str, FakeWorker], overrides: d
         "workers": tuple(w.address for w in workers.values()),
         "resume_timeout_s": 2.0,
         "policy": "least_uncached_tokens",
+        # Fake workers send no load reports unless told to, which a busy machine makes look stuck.
+        "health": {"stall_min_s": 60.0},
     }
     registry, exporter, provider = CollectorRegistry(), InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
