@@ -1,35 +1,47 @@
-"""Three tenants, one of which floods: what the others notice. A real proxy and kvstore over simulated engines.
+"""Three tenants, one of which floods: what the others notice.
 
     python bench/tenants.py
     python bench/tenants.py --quick --json tenants.json
 
 Simulated: engines compute by a stated model of time, no device is involved. The quiet tenants' time to first token is
-measured alone, beside the flood, and beside the flood with fairness switched off.
+measured alone, beside the flood, and beside the flood with fairness switched off: once on a virtual clock (the
+product's scheduling over the fleet of bench/scheduler.py, for fleets of several sizes), once with a real proxy and
+kvstore over engine processes. An engine ends the prompt it has begun, so what the quiet must notice is the rest of the
+prompt that ends first: the less, the more engines there are.
 """
 
 import asyncio
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from fleetsim.simulation import Scene as FleetScene
+from fleetsim.simulation import simulate
+from fleetsim.systems import SYSTEMS, held
 from livereplay.client import Answer, Order, body_of, replay
 from livereplay.processes import Proxy, Shape, engines, proxy
 from prefixindex.timing import latency_of
 from rich.console import Console
 from rich.table import Table
 from sidebyside.machine import machine
+from tracereplay.trace import BLOCK_TOKENS, Request
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET, FLOOD = ("quiet-a", "quiet-b"), "flood"
 OUTPUT_TOKENS = 8
-PREFILL_MS = 4.0, 0.06
-"""Of a prompt on a simulated engine: base, and per token."""
+PREFILL_MS = 4.0, 0.2
+"""Of a prompt on an engine process: base, and per token. So slow that not this machine's cores are the limit."""
 GOAL = 1.3
+CASES = {
+    "alone": (False, "least_attained_service"),
+    "flooded": (True, "least_attained_service"),
+    "flooded, no fairness": (True, "none"),
+}
 WAIT_S = 120.0
 
 
@@ -37,13 +49,16 @@ WAIT_S = 120.0
 class Scene:
     """`flood_load`: of what the prefill engines can compute, the share that the flood alone asks for."""
 
-    prefill: int = 6
+    prefill: int = 8
     decode: int = 2
     prompt_tokens: int = 1500
-    quiet_per_s: float = 4.0
+    quiet_per_s: float = 1.5
     flood_load: float = 2.0
-    seconds: float = 30.0
+    seconds: float = 40.0
     repeats: int = 3
+    virtual_prefills: tuple[int, ...] = (2, 4, 8, 16)
+    virtual_tokens: int = 4000
+    virtual_seconds: float = 120.0
 
     @property
     def capacity_per_s(self) -> float:
@@ -54,6 +69,7 @@ class Scene:
 class Row:
     """Milliseconds to the first token of both quiet tenants; what became of the flood."""
 
+    fleet: str
     name: str
     p50_ms: float
     p99_ms: float
@@ -80,82 +96,116 @@ async def ask(at: Proxy, orders: Sequence[Order]) -> list[tuple[str, Answer]]:
     return [(order.headers["x-omni-tenant"], answer) for order, answer in zip(ordered, answers, strict=True)]
 
 
-def row_of(name: str, answered: Sequence[tuple[str, Answer]]) -> Row:
+def row_of(fleet: str, name: str, answered: Sequence[tuple[str, Answer]]) -> Row:
     quiet = [answer for tenant, answer in answered if tenant != FLOOD]
     flood = [answer for tenant, answer in answered if tenant == FLOOD]
     taken = latency_of([answer.ttft_ms / 1e3 for answer in quiet if not answer.error] or [0.0])
     failed = sum(bool(answer.error) for answer in quiet)
     refused = sum(bool(answer.error) for answer in flood)
-    return Row(name, taken.p50_us / 1e3, taken.p99_us / 1e3, len(quiet), failed, len(flood), refused)
+    return Row(fleet, name, taken.p50_us / 1e3, taken.p99_us / 1e3, len(quiet), failed, len(flood), refused)
 
 
 def measured(scene: Scene, say: Console) -> list[Row]:
     """Each case over all repeats; cases take turns, all beside the same engines with a proxy of their own."""
-    shape = Shape(ROOT / "models" / "tiny-moe", scene.prefill, scene.decode, 16, 4096, 0.0, 0.0, engine="sim")
-    cases = {
-        "alone": (0.0, "least_attained_service"),
-        "beside the flood": (scene.flood_load, "least_attained_service"),
-        "beside the flood, no fairness": (scene.flood_load, "none"),
-    }
-    answered: dict[str, list[tuple[str, Answer]]] = {name: [] for name in cases}
+    times = {"prefill_base_ms": PREFILL_MS[0], "prefill_token_ms": PREFILL_MS[1]}
+    model = ROOT / "models" / "tiny-moe"
+    shape = Shape(model, scene.prefill, scene.decode, 16, 4096, 0.0, 0.0, engine="sim", sim=times)
+    answered: dict[str, list[tuple[str, Answer]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory(prefix="omni-bench-tenants-") as folder, engines(shape, Path(folder)) as stack:
         for repeat in range(scene.repeats):
-            for name, (load, fairness) in cases.items():
+            for name, (is_flooded, fairness) in CASES.items():
                 say.print(f"round {repeat + 1}: {name}", highlight=False)
                 orders = [o for t in QUIET for o in orders_of(scene, t, scene.quiet_per_s, f"{t}{repeat}{name}")]
-                if load:
-                    orders += orders_of(scene, FLOOD, load * scene.capacity_per_s, f"{FLOOD}{repeat}{name}")
+                if is_flooded:
+                    per_s = scene.flood_load * scene.capacity_per_s
+                    orders += orders_of(scene, FLOOD, per_s, f"{FLOOD}{repeat}{name}")
                 # Nobody's rates are limited: what protects the quiet is the queue alone.
                 flow = {"fairness": fairness, "ttl_s": 10, "max_requests": 100_000, "max_tenant_requests": 100_000}
                 with proxy(shape, stack, {"flow": flow}, Path(folder)) as at:
                     warm = [replace(order, at_s=order.at_s / 10) for order in orders_of(scene, QUIET[0], 4.0, "warm")]
                     asyncio.run(ask(at, warm))
                     answered[name] += asyncio.run(ask(at, orders))
-    return [row_of(name, answers) for name, answers in answered.items()]
+    fleet = f"{shape.title}, processes"
+    return [row_of(fleet, name, answers) for name, answers in answered.items()]
+
+
+def foreseen(scene: Scene) -> list[Row]:
+    """The same on a virtual clock: no processes, no wire, nothing shares cores."""
+    rows: list[Row] = []
+    for count in scene.virtual_prefills:
+        fleet = FleetScene(prefills=count, decodes=count, spread_s=0.0, seed=1)
+        capacity_per_s = count / fleet.prefill_model.unloaded_s(scene.virtual_tokens)
+        for name, (is_flooded, fairness) in CASES.items():
+            rates = dict.fromkeys(QUIET, 0.05 * capacity_per_s)
+            rates |= {FLOOD: scene.flood_load * capacity_per_s} if is_flooded else {}
+            asked = [one for tenant, per_s in rates.items() for one in arrivals(scene, tenant, per_s)]
+            system = replace(SYSTEMS["cost"], flow=held(fairness=fairness))
+            served = simulate(fleet, system, sorted(asked, key=lambda one: one.at_s)).served
+            ttfts_s = [one.ttft_s for one in served if one.tenant != FLOOD]
+            taken = latency_of(ttfts_s)
+            flood = len(served) - len(ttfts_s)
+            title = f"{fleet.title}, virtual"
+            rows.append(Row(title, name, taken.p50_us / 1e3, taken.p99_us / 1e3, len(ttfts_s), 0, flood, 0))
+    return rows
+
+
+def arrivals(scene: Scene, tenant: str, per_s: float) -> Iterator[Request]:
+    """Poisson arrivals of prompts that share nothing."""
+    rng, at_s = random.Random(tenant), 0.0
+    while (at_s := at_s + rng.expovariate(per_s)) < scene.virtual_seconds:
+        keys = tuple(rng.randbytes(16) for _ in range(scene.virtual_tokens // BLOCK_TOKENS))
+        yield Request(at_s, scene.virtual_tokens, OUTPUT_TOKENS, keys, tenant)
 
 
 def notes_of(scene: Scene, rows: Sequence[Row]) -> list[str]:
-    ratio = rows[1].p99_ms / rows[0].p99_ms if rows[0].p99_ms else float("inf")
-    failed = sum(row.quiet_failed for row in rows[:2])
-    verdict = "met" if ratio <= GOAL and not failed else "NOT met"
+    by_fleet: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_fleet.setdefault(row.fleet, {})[row.name] = row
+    verdicts = [verdict(fleet, cases["alone"], cases["flooded"]) for fleet, cases in by_fleet.items()]
     return [
-        f"{verdict}: beside the flood the quiet tenants' p99 is {ratio:.2f} of that alone (goal: {GOAL} at most)",
-        f"simulated: {scene.prefill} prefill, {scene.decode} decode engines; prompts of {scene.prompt_tokens} tokens "
-        f"take {PREFILL_MS[0]:g} ms + {PREFILL_MS[1]:g} ms per token; real proxy and kvstore",
-        f"two quiet tenants with {scene.quiet_per_s:g} requests/s each, one with {scene.flood_load:g} times the "
+        *verdicts,
+        f"processes: prompts of {scene.prompt_tokens} tokens take {PREFILL_MS[0]:g} ms + {PREFILL_MS[1]:g} ms per "
+        f"token; two quiet tenants with {scene.quiet_per_s:g} requests/s each, one with {scene.flood_load:g} times the "
         f"{scene.capacity_per_s:.0f} requests/s that engines can compute; {scene.repeats} rounds of "
         f"{scene.seconds:g} s; what waits longer than 10 s is refused",
+        f"virtual: the engines of bench/scheduler.py, prompts of {scene.virtual_tokens} tokens, each quiet tenant 5% "
+        f"of what they can compute, {scene.virtual_seconds:g} s",
         f"machine: {machine()}",
     ]
 
 
+def verdict(fleet: str, alone: Row, beside: Row) -> str:
+    ratio = beside.p99_ms / alone.p99_ms if alone.p99_ms else float("inf")
+    is_met = ratio <= GOAL and not beside.quiet_failed
+    return f"{'met' if is_met else 'NOT met'}, {fleet}: the quiet tenants' p99 is {ratio:.2f} of that alone"
+
+
+def counts(row: Row) -> tuple[int, int, int, int]:
+    return row.quiet, row.quiet_failed, row.flood, row.flood_refused
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="One short round")] = False,
-    prefill: Annotated[int, typer.Option(min=1, help="Simulated prefill engines")] = 6,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill engine processes; 0: the virtual clock alone")] = 8,
     flood_load: Annotated[float, typer.Option(min=0.1, help="Of the engines' capacity, by the flood alone")] = 2.0,
-    seconds: Annotated[float | None, typer.Option(min=2, help="Of each round; default 30, quick 6")] = None,
+    seconds: Annotated[float | None, typer.Option(min=2, help="Of each round; default 40, quick 8")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; default 3, quick 1")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the table here")] = None,
 ) -> None:
     """How much a flooding tenant is noticed by two quiet ones."""
-    scene = Scene(
-        prefill=prefill,
-        flood_load=flood_load,
-        seconds=seconds or (6 if quick else 30),
-        repeats=repeats or (1 if quick else 3),
-    )
+    scene = Scene(prefill=prefill, flood_load=flood_load)
+    if quick:
+        scene = replace(scene, seconds=8, repeats=1, virtual_prefills=(4, 8), virtual_seconds=20)
+    scene = replace(scene, seconds=seconds or scene.seconds, repeats=repeats or scene.repeats)
     console = Console()
-    rows = measured(scene, console)
+    rows = foreseen(scene) + (measured(scene, console) if prefill else [])
     notes = notes_of(scene, rows)
-    head = ("quiet tenants", "TTFT p50, ms", "TTFT p99, ms", "requests", "failed", "flood's", "refused")
-    cells = [
-        (r.name, f"{r.p50_ms:.0f}", f"{r.p99_ms:.0f}", *map(str, (r.quiet, r.quiet_failed, r.flood, r.flood_refused)))
-        for r in rows
-    ]
+    head = ("fleet", "quiet tenants", "TTFT p50, ms", "TTFT p99, ms", "requests", "failed", "flood's", "refused")
+    cells = [(r.fleet, r.name, f"{r.p50_ms:.0f}", f"{r.p99_ms:.0f}", *map(str, counts(r))) for r in rows]
     table = Table(title="Isolation of tenants (simulated engines)")
     for title in head:
-        table.add_column(title, justify="left" if title == head[0] else "right")
+        table.add_column(title, justify="left" if title in head[:2] else "right")
     for line in cells:
         table.add_row(*line)
     console.print(table)
@@ -164,7 +214,7 @@ def main(
     if json_file:
         json_file.write_text(json.dumps({"notes": notes, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if markdown_file:
-        lines = [f"| {' | '.join(line)} |" for line in (head, ["---", *["---:"] * 6], *cells)]
+        lines = [f"| {' | '.join(line)} |" for line in (head, ["---", "---", *["---:"] * 6], *cells)]
         markdown_file.write_text("\n".join([*lines, "", *(f"- {note}" for note in notes), ""]))
 
 

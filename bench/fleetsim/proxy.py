@@ -145,6 +145,7 @@ class Proxy:
             request_id=str(number),
             arrived_s=self._clock.now_s,
             deadline_s=self._clock.now_s + _PATIENCE_S,
+            tenant=request.tenant,
             prompt_tokens=request.input_tokens,
             uncached_tokens=uncached,
             output_tokens=run.output_tokens,
@@ -168,7 +169,7 @@ class Proxy:
         return Run(
             number,
             request,
-            Served(self._clock.now_s, request.input_tokens, request.output_tokens, unloaded_s),
+            Served(self._clock.now_s, request.input_tokens, request.output_tokens, unloaded_s, request.tenant),
             slo,
             keys[1].hex() if len(keys) > 1 else "",
             joined,

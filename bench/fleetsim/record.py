@@ -25,6 +25,7 @@ class Served:
     prompt_tokens: int
     output_tokens: int
     unloaded_s: float
+    tenant: str = ""
     cached_tokens: int = 0
     disaggregated: bool = False
     hold_s: float = 0.0

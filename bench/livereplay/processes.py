@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -38,6 +38,8 @@ class Shape:
     prefill_kv_gib: float
     decode_kv_gib: float
     engine: str = "vllm"
+    sim: Mapping[str, float] = field(default_factory=dict)
+    """Settings of simulated engines."""
 
     @property
     def title(self) -> str:
@@ -46,7 +48,11 @@ class Shape:
     @property
     def environment(self) -> Mapping[str, str]:
         if self.engine != "vllm":
-            return {}
+            return {
+                f"OMNI_{role}_SIM__{name.upper()}": str(value)
+                for role in ("PREFILL", "DECODE")
+                for name, value in self.sim.items()
+            }
         each = {"PREFILL": self.prefill_kv_gib, "DECODE": self.decode_kv_gib}
         return {
             f"OMNI_{role}_VLLM__{name}": str(value)

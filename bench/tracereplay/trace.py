@@ -22,6 +22,7 @@ class Request:
     input_tokens: int
     output_tokens: int
     keys: tuple[bytes, ...]
+    tenant: str = ""
 
 
 def read_trace(path: Path, limit: int | None = None, speed: float = 1.0) -> list[Request]:
