@@ -132,6 +132,11 @@ class LiveStack:
     def log(self, name: str) -> str:
         return (self._home / self.name / "logs" / f"{name}.log").read_text()
 
+    def last_words(self) -> str:
+        """The ends of all logs, for a test that fails."""
+        logs = [self._home / "up.log", *sorted((self._home / self.name / "logs").glob("*.log"))]
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in logs)
+
     def close(self) -> None:
         if self._up.poll() is None:
             self._up.send_signal(signal.SIGINT)
@@ -149,5 +154,8 @@ def live_stack(home: Path, *arguments: str, **options: Any) -> Iterator[LiveStac
     try:
         stack.wait_healthy()
         yield stack
+    except BaseException:
+        print(stack.last_words())
+        raise
     finally:
         stack.close()
