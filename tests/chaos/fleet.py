@@ -94,7 +94,7 @@ class FleetChaos:
         self._now = asyncio.get_running_loop().time
         registry = CollectorRegistry()
         metrics = Metrics(registry)
-        replica = Replica(lambda: PrefixIndex(max_blocks=1 << 20), 2.0, metrics.prefix)
+        replica = Replica(lambda: PrefixIndex(max_blocks=1 << 20, clock=self._now), 2.0, metrics.prefix)
         self.fleet = Fleet(MODEL, replica, LOAD_COSTS, now=self._now)
         keys = PromptKeys(MODEL, KeyCache(1 << 24), metrics.prefix)
         flow = FlowSettings.model_validate({})
