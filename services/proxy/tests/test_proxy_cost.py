@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,17 @@ from omni_proxy.scheduling.samples import Sample, samples
 from omni_proxy.scheduling.view import FleetView, WorkerRow, view_of
 
 BREAKS = 1e9
-Way = tuple[float, str | None, str]
-"""Cost in milliseconds, prefill, decode."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a request. `known_ms` and `learned_ms` are of the worker that decodes, `cost_ms` is of all."""
+
+    prefill: str | None
+    decode: int
+    cost_ms: float
+    known_ms: float
+    learned_ms: float
 
 
 def ways(request: SchedulingRequest, view: FleetView, of: CostParameters) -> Iterator[Way]:
@@ -29,23 +38,38 @@ def ways(request: SchedulingRequest, view: FleetView, of: CostParameters) -> Ite
     prefills = [row for row in allowed if view.prefills[row]]
     decodes = [row for row in allowed if view.decodes[row]]
     times = view.times
+    shortest_ms = min(float(times.step_ms[row]) for row in decodes)
 
-    def first(row: int) -> float:
-        return float(times.queue_ms[row] + view.load_ms[row] + times.prefill_ms[row])
+    def wait(row: int) -> float:
+        return float(times.queue_ms[row] + view.load_ms[row])
 
     def then(row: int) -> float:
-        return float(times.seat_ms[row] + of.horizon_tokens * times.step_ms[row])
+        step_ms = float(times.step_ms[row])
+        counted_ms = shortest_ms if step_ms <= (1 + of.alike) * shortest_ms else step_ms
+        return float(times.seat_ms[row]) + of.horizon_tokens * counted_ms
 
     def breaks(row: int) -> bool:
         return request.slo.itl_ms is not None and bool(times.step_ms[row] > request.slo.itl_ms)
 
     for d in decodes:
-        penalty = BREAKS if breaks(d) or holds_up(request, view, d, of) else 0.0
-        yield first(d) + then(d) + penalty, None, view.ids[d]
+        known = wait(d) + then(d) + (BREAKS if breaks(d) or holds_up(request, view, d, of) else 0.0)
+        computing = float(times.prefill_ms[d])
+        yield Way(None, d, known + computing, known, computing)
     for p, d in itertools.product(prefills, decodes):
         if can_pair(view, p, d):
             moved = float(times.transfer_ms(np.array([p]), np.array([d]))[0, 0])
-            yield first(p) + moved + then(d) + BREAKS * breaks(d), view.ids[p], view.ids[d]
+            known = then(d) + BREAKS * breaks(d)
+            yield Way(view.ids[p], d, wait(p) + float(times.prefill_ms[p]) + moved + known, known, moved)
+
+
+def alike(way: Way, least: Way, view: FleetView, of: CostParameters) -> bool:
+    """They differ in learned times at most, and there by little."""
+    return (
+        way.prefill == least.prefill
+        and way.known_ms <= least.known_ms * (1 + 1e-12)
+        and bool(view.cached_tokens[way.decode] >= view.cached_tokens[least.decode])
+        and way.learned_ms <= (1 + of.alike) * least.learned_ms * (1 + 1e-12)
+    )
 
 
 def holds_up(request: SchedulingRequest, view: FleetView, row: int, of: CostParameters) -> bool:
@@ -65,7 +89,7 @@ def can_pair(view: FleetView, p: int, d: int) -> bool:
     return p != d and view.connectors[p] == view.connectors[d] != "" and len(groups) < 2
 
 
-PARAMETERS = [CostParameters.model_validate(values) for values in ({}, {"horizon_tokens": 0})]
+PARAMETERS = [CostParameters.model_validate(values) for values in ({}, {"horizon_tokens": 0}, {"alike": 1.0})]
 
 
 @settings(deadline=None)
@@ -78,10 +102,21 @@ def test_the_least_of_all_ways_is_chosen(seed: int, of: CostParameters) -> None:
             continue
         request = replace(sample.request, may_prefill=True, kv_connector=None, held_by=None)
         decision = CostPolicy(of).choose(request, sample.view)
-        found = {(p, d): cost for cost, p, d in ways(request, sample.view, of)}
-        assert found[decision.prefill, decision.decode] == pytest.approx(min(found.values()), rel=1e-12)
+        found = list(ways(request, sample.view, of))
+        [chosen] = [w for w in found if (w.prefill, sample.view.ids[w.decode]) == (decision.prefill, decision.decode)]
+        least_ms = min(way.cost_ms for way in found)
+        groups = [
+            [way for way in found if alike(way, least, sample.view, of)]
+            for least in found
+            if least.cost_ms == pytest.approx(least_ms, rel=1e-12)
+        ]
+        sequences = sample.view.sequences
+        assert any(
+            chosen in equals and sequences[chosen.decode] == min(sequences[way.decode] for way in equals)
+            for equals in groups
+        )
         said = decision.alone_costs if decision.prefill is None else decision.prefill_costs
-        assert said.value.min() == pytest.approx(min(found.values()), rel=1e-12)
+        assert said.value.min() == pytest.approx(least_ms, rel=1e-12)
 
 
 @settings(deadline=None)
@@ -216,6 +251,30 @@ TIGHT = Slo(itl_ms=15.0)
         pytest.param(
             [both(), prefill(queue_ms=30)], {}, (None, "b", Reason.CHEAPER_ALONE), id="both roles, alone where it pays"
         ),
+        pytest.param(
+            [prefill(), decode(queue_ms=900, own_requests=3), decode("e", queue_ms=900, step_ms=10.4)],
+            {},
+            ("p", "e", Reason.DISAGGREGATED),
+            id="fewer sequences where steps are alike",
+        ),
+        pytest.param(
+            [prefill(), decode(queue_ms=900, own_requests=3), decode("e", queue_ms=900, step_ms=12)],
+            {},
+            ("p", "d", Reason.DISAGGREGATED),
+            id="faster steps where they are not",
+        ),
+        pytest.param(
+            [decode(own_requests=3), decode("e", step_ms=10.4, prefill_ms=103)],
+            {},
+            (None, "e", Reason.NO_PREFILL),
+            id="fewer sequences where prompts are alike too",
+        ),
+        pytest.param(
+            [decode(own_requests=3, cached_tokens=16), decode("e", step_ms=10.4, prefill_ms=103)],
+            {},
+            (None, "d", Reason.NO_PREFILL),
+            id="but not for a cache that is there",
+        ),
     ],
 )
 def test_the_choice(fleet: list[WorkerRow], asked: dict[str, Any], chosen: tuple[str | None, str, Reason]) -> None:
@@ -326,6 +385,20 @@ def test_every_candidate_is_told_with_its_terms() -> None:
         assert all(
             key == "cost" or math.isfinite(value) for one in leg for key, value in one.items() if key != "worker"
         )
+
+
+def test_equal_workers_get_equal_shares_whatever_noise_was_learned() -> None:
+    """At a low load, where every worker is idle or nearly so at every choice."""
+    fleet = [prefill(), *(decode(f"d{i}", step_ms=10 + 0.1 * i, queue_ms=900) for i in range(4))]
+    running: list[WorkerRow] = []
+    for _ in range(400):
+        decision = choose(fleet)
+        [chosen] = [row for row in fleet if row.worker_id == decision.decode]
+        chosen.own_requests, chosen.dispatched = chosen.own_requests + 1, chosen.dispatched + 1
+        running.append(chosen)
+        if len(running) > 2:
+            running.pop(0).own_requests -= 1
+    assert {row.dispatched for row in fleet if row.decodes} == {100}
 
 
 def test_samples_hold_all_that_is_asked_here() -> None:

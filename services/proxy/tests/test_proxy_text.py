@@ -161,4 +161,5 @@ async def test_long_texts_are_tokenized_like_short_ones(model_dir):
     text = ModelText(model_dir)
     long = "The quick brown fox " * 1000
     ids = await text.encode(long, add_special_tokens=False)
+    assert ids == Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(long, add_special_tokens=False).ids
     assert text.decode(ids) == long

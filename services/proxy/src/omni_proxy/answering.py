@@ -22,6 +22,8 @@ from omni_proxy.toolcalls import ToolCall, ToolCallParser
 
 log = logging.getLogger(__name__)
 
+SERVER_SEND = "omni.send"
+"""Key of the server's own `send` in a scope: tokens need not pass through all that wraps it."""
 _LAST_WORD_S = 5.0
 _SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -72,18 +74,19 @@ class GenerationResponse(Response):
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._work(send))
+        work = asyncio.ensure_future(self._work(EagerSend(send, scope.get(SERVER_SEND))))
         gone = asyncio.ensure_future(_disconnected(receive))
+        gone.add_done_callback(lambda _: work.cancel())
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await work
+        except asyncio.CancelledError:
+            if not gone.done():
+                raise
         finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            gone.cancel()
             self._release()
 
-    async def _work(self, asgi_send: Send) -> None:
-        send = EagerSend(asgi_send)
+    async def _work(self, send: EagerSend) -> None:
         writer = self._make_writer(send)
         error: OmniError | None = Cancelled("the client is gone")
         status = _CLIENT_GONE_STATUS

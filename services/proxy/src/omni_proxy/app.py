@@ -14,7 +14,8 @@ from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from omni_common.key_cache import KeyCache
-from omni_common.prefix_index import PrefixIndex, warm_up
+from omni_common.prefix_index import PrefixIndex
+from omni_common.prefix_index import warm_up as warm_up_index
 from omni_common.rpc import channel
 from omni_proxy.admission import Admission
 from omni_proxy.bodies import HttpLimits
@@ -40,6 +41,7 @@ from omni_proxy.saturation import Saturation, SaturationCollector
 from omni_proxy.schedule_config import ScheduleConfig
 from omni_proxy.scheduling.forecast import LoadCost
 from omni_proxy.scheduling.times import WorkerTimes
+from omni_proxy.scheduling.warming import warm_up as warm_up_choices
 from omni_proxy.sequence import Limits, OutputLengths, Scheduler
 from omni_proxy.settings import Settings
 from omni_proxy.status import StatusPages
@@ -64,8 +66,9 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
     """Build the proxy and keep its connections while the block runs."""
     text = ModelText(settings.model_dir)
     metrics = Metrics(registry)
-    # Before anything is served: the first lookup would hold up the event loop for seconds.
-    await asyncio.to_thread(warm_up)
+    # Before anything is served: the first lookup and choice would hold up the event loop for seconds.
+    await asyncio.to_thread(warm_up_index)
+    await asyncio.to_thread(warm_up_choices)
     base = _base(settings)
     live = Live(base if settings.scheduler_config is None else ScheduleConfig.load(settings.scheduler_config, base))
     fleet = _fleet(settings, live.value, metrics)

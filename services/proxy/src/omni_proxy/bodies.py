@@ -34,7 +34,6 @@ def query_limit(request: Request, default: int) -> int:
 
 async def read_body(request: Request, limits: HttpLimits) -> bytes:
     """The whole body, refused as soon as it is too long or too slow."""
-    too_large = InvalidRequest(f"the body is larger than {limits.max_body_bytes} bytes", reason="body_too_large")
     chunks: list[bytes] = []
     size = 0
     try:
@@ -51,5 +50,5 @@ async def read_body(request: Request, limits: HttpLimits) -> bytes:
     except TimeoutError:
         raise InvalidRequest(f"no whole body within {limits.body_timeout_s} s", reason="body_timeout") from None
     if size > limits.max_body_bytes:
-        raise too_large
+        raise InvalidRequest(f"the body is larger than {limits.max_body_bytes} bytes", reason="body_too_large")
     return b"".join(chunks)

@@ -177,8 +177,11 @@ class Decoding:
         foresight, fleet = course.foresight, course.scheduler.fleet
         generated = after.num_output_tokens
         left = max(1, course.output_tokens - generated)
-        attributes = {"omni.worker_id": worker.id} if handle else foresight.attributes(worker)
-        leg = stack.enter_context(course.trace.leg("proxy.decode", attributes))
+        leg = stack.enter_context(
+            course.trace.leg(
+                "proxy.decode", lambda: {"omni.worker_id": worker.id} if handle else foresight.attributes(worker)
+            )
+        )
         attempt = self._attempt = stack.enter_context(fleet.attempt(worker.id))
         if handle is not None:
             self._computing = None

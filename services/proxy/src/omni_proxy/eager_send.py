@@ -11,10 +11,14 @@ Message = MutableMapping[str, Any]
 
 
 class EagerSend:
-    """Wraps `send`; messages keep the order of the calls, whichever way they go."""
+    """Wraps `send`; messages keep the order of the calls, whichever way they go.
 
-    def __init__(self, send: Send) -> None:
+    `direct` takes what follows the start of an answer: the server's own `send`, where `send` passes through others.
+    """
+
+    def __init__(self, send: Send, direct: Send | None = None) -> None:
         self._send = send
+        self._direct = direct or send
         self._rest: asyncio.Future[None] | None = None
 
     @property
@@ -23,8 +27,11 @@ class EagerSend:
         return self._rest is None
 
     def at_once(self, message: Message) -> None:
-        """Only while `is_clear`. A message that has to wait goes on in a task; until it is through nothing is clear."""
-        sending = self._send(message).__await__()
+        """A part of the body, only while `is_clear`.
+
+        One that has to wait goes on in a task; until it is through nothing is clear.
+        """
+        sending = self._direct(message).__await__()
         try:
             waits_for = next(sending)
         except StopIteration:
@@ -35,7 +42,8 @@ class EagerSend:
     async def __call__(self, message: Message) -> None:
         if self._rest is not None:
             await self._rest
-        await self._send(message)
+        send, self._send = self._send, self._direct
+        await send(message)
 
     def close(self) -> None:
         """Give up a message that still waits."""

@@ -17,7 +17,7 @@ from omni_proxy.health import Health, HealthSettings
 from omni_proxy.ledger import Ledger
 from omni_proxy.ports import DecodePort, PrefillPort
 from omni_proxy.replica import Holder, Replica
-from omni_proxy.scheduling.columns import Columns
+from omni_proxy.scheduling.columns import INTS, Columns
 from omni_proxy.scheduling.forecast import LoadCost, Outlook
 from omni_proxy.scheduling.times import Capacity, Seen, WorkerTimes
 from omni_proxy.scheduling.view import FleetView, Floats, Ints, Pairing, Rows
@@ -142,10 +142,12 @@ class _Usable(NamedTuple):
 
 
 class PromptForecast(NamedTuple):
-    """Rows of `columns`: cached, expected, loadable tokens, milliseconds of loading; a column per worker."""
+    """Of every worker, `ids` in the order of the columns."""
 
     ids: tuple[str, ...]
-    columns: Floats
+    tokens: Ints
+    """Rows cached, expected and loadable."""
+    load_ms: Floats
 
 
 class Fleet:
@@ -264,7 +266,7 @@ class Fleet:
         for size, (rows, ids) in usable.by_block_size.items():
             outlook = Outlook(self.replica.lookup(keys_of(size), size), size, self._load_costs, self.replica.pool_costs)
             found[:, rows] = outlook.columns(ids)
-        return PromptForecast(usable.ids, found)
+        return PromptForecast(usable.ids, found[:3].astype(np.int64), found[3])
 
     def is_current(self, forecast: PromptForecast) -> bool:
         """The same workers take work as when it was made."""
@@ -276,9 +278,9 @@ class Fleet:
         if usable is None or usable.ids is not found.ids:
             raise ValueError("the forecast is of other workers")
         slots, columns, now_s = usable.slots, self.columns, self.now()
-        forecast = found.columns
-        cached = forecast[0].astype(np.int64)
+        cached, expected, loadable = found.tokens
         uncached = np.maximum(prompt_tokens - cached, 0)
+        load = dict(zip(INTS, columns.ints.take(slots, 1), strict=True))
         return FleetView(
             ids=usable.ids,
             prefills=usable.prefills,
@@ -286,24 +288,14 @@ class Fleet:
             pairing=usable.pairing,
             labels=usable.labels,
             cached_tokens=cached,
-            expected_tokens=forecast[1].astype(np.int64),
-            loadable_tokens=forecast[2].astype(np.int64),
-            load_ms=forecast[3],
-            own_requests=columns.own_requests[slots],
-            own_prefills=columns.own_prefills[slots],
-            own_uncached_tokens=columns.own_uncached_tokens[slots],
-            own_output_tokens=columns.own_output_tokens[slots],
-            dispatched=columns.dispatched[slots],
-            others_prefills=columns.others_prefills[slots],
-            others_uncached_tokens=columns.others_uncached_tokens[slots],
-            others_sequences=columns.others_sequences[slots],
-            running=columns.running[slots],
-            waiting=columns.waiting[slots],
+            expected_tokens=expected,
+            loadable_tokens=loadable,
+            load_ms=found.load_ms,
             kv_usage=columns.kv_usage[slots],
-            context_tokens=columns.context_tokens[slots],
             max_num_seqs=usable.max_num_seqs,
             stats_age_s=now_s - columns.stats_at_s[slots],
             times=self.times.of(slots, now_s, prompt_tokens, output_tokens, uncached),
+            **load,
         )
 
     def usable_slots(self) -> tuple[Rows, np.ndarray, np.ndarray]:

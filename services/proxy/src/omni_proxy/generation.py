@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from omni_common.errors import OmniError
 from omni_proxy.choice import Choice, Piece
@@ -113,23 +113,27 @@ class Generation:
             {
                 "first_token_ms": None if self.clock.first_piece is None else round(ttft * 1e3, 3),
                 "e2e_ms": round((now - self.clock.arrived) * 1e3, 3),
-                **asdict(usage),
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "cached_tokens": usage.cached_tokens,
             },
         )
         self._trace.end(
-            self.choices[0].run.record.attributes()
-            | {
-                "omni.request_id": self.request_id,
-                "omni.model": model,
-                "omni.choices": len(self.choices),
-                "omni.prompt_tokens": usage.prompt_tokens,
-                "omni.uncached_tokens": usage.prompt_tokens - usage.cached_tokens,
-                "omni.output_tokens": usage.completion_tokens,
-                "omni.ttft_ms": ttft * 1e3,
-                "omni.e2e_ms": (now - self.clock.arrived) * 1e3,
-                "omni.finish_reason": self.choices[0].finish_reason or (error.code if error else "aborted"),
-                "http.response.status_code": status,
-            },
+            lambda: (
+                self.choices[0].run.record.attributes()
+                | {
+                    "omni.request_id": self.request_id,
+                    "omni.model": model,
+                    "omni.choices": len(self.choices),
+                    "omni.prompt_tokens": usage.prompt_tokens,
+                    "omni.uncached_tokens": usage.prompt_tokens - usage.cached_tokens,
+                    "omni.output_tokens": usage.completion_tokens,
+                    "omni.ttft_ms": ttft * 1e3,
+                    "omni.e2e_ms": (now - self.clock.arrived) * 1e3,
+                    "omni.finish_reason": self.choices[0].finish_reason or (error.code if error else "aborted"),
+                    "http.response.status_code": status,
+                }
+            ),
             None if error is None else error.code,
         )
 

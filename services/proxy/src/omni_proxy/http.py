@@ -10,11 +10,12 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from opentelemetry.trace import Tracer
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from omni_common.errors import InvalidRequest, NotFound, OmniError
 from omni_proxy import __version__
 from omni_proxy.admission import Admission
-from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer
+from omni_proxy.answering import SERVER_SEND, Form, GenerationResponse, StreamWriter, WholeWriter, Writer
 from omni_proxy.bodies import HttpLimits, read_body
 from omni_proxy.config_watch import ConfigPage
 from omni_proxy.eager_send import EagerSend
@@ -191,9 +192,17 @@ def request_id_of(request: Request) -> str:
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+class Front(FastAPI):
+    """Leaves the server's `send` in the scope."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SERVER_SEND] = send
+        await super().__call__(scope, receive, send)
+
+
 def create_app(api: Api, pages: StatusPages, kv: KvPages, config: ConfigPage) -> FastAPI:
     """Routes and error answers; everything they need is passed in. What is not open asks who is there first."""
-    app = FastAPI(title="Omni", version=__version__, redirect_slashes=False)
+    app = Front(title="Omni", version=__version__, redirect_slashes=False)
     for path, handler in (
         ("/v1/chat/completions", api.chat),
         ("/v1/completions", api.completions),

@@ -1,5 +1,9 @@
 """Prometheus metrics of the proxy."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Generic, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from omni_proxy.health import Cause
@@ -13,13 +17,22 @@ _DEPTH = (0, 64, 256, 1024, 4096, 16_384, 65_536, 131_072, 262_144)
 _ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
 _GAP = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 
+M = TypeVar("M", Counter, Histogram)
+
+
+class Labelled(Generic[M]):
+    """A metric's children, each looked up once: `labels` itself takes a lock and costs more than counting."""
+
+    def __init__(self, metric: M) -> None:
+        self.labels: Callable[..., M] = cache(metric.labels)
+
 
 class Metrics:
     """Names start with `omni_proxy_`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.requests = Counter("omni_proxy_requests", "Requests by HTTP status", ["code"], registry=registry)
+        self.requests = Labelled(Counter("omni_proxy_requests", "Requests by HTTP status", ["code"], registry=registry))
         self.running = Gauge("omni_proxy_running_sequences", "Sequences in flight", registry=registry)
         self.ttft = Histogram("omni_proxy_ttft_seconds", "To the first token", buckets=_LATENCY, registry=registry)
         self.e2e = Histogram("omni_proxy_e2e_seconds", "Whole requests", buckets=_LATENCY, registry=registry)
@@ -29,10 +42,12 @@ class Metrics:
         self.prompt_tokens = Counter("omni_proxy_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter("omni_proxy_cached_tokens", "Prompt tokens found cached", registry=registry)
         self.output_tokens = Counter("omni_proxy_output_tokens", "Generated tokens", registry=registry)
-        self.decisions = Counter(
-            "omni_proxy_decisions", "How prompts came to be computed", ["reason", "policy"], registry=registry
+        self.decisions = Labelled(
+            Counter("omni_proxy_decisions", "How prompts came to be computed", ["reason", "policy"], registry=registry)
         )
-        self.first_tokens = Counter("omni_proxy_first_tokens", "First tokens by source", ["source"], registry=registry)
+        self.first_tokens = Labelled(
+            Counter("omni_proxy_first_tokens", "First tokens by source", ["source"], registry=registry)
+        )
         self.retries = Counter("omni_proxy_retries", "Legs tried again before a token", ["leg"], registry=registry)
         self.resumes = Counter("omni_proxy_resumes", "Sequences continued on another session", registry=registry)
         self.aborts = Counter("omni_proxy_aborts", "Running sequences stopped from here", registry=registry)
@@ -44,12 +59,14 @@ class Metrics:
         self.membership_age = Gauge(
             "omni_proxy_membership_age_seconds", "Since the kvstore was last heard", registry=registry
         )
-        self.prediction_error = Histogram(
-            "omni_proxy_prediction_error_ratio",
-            "Difference of predicted and seen time, as a share of what was seen",
-            ["model"],
-            buckets=_ERROR,
-            registry=registry,
+        self.prediction_error = Labelled(
+            Histogram(
+                "omni_proxy_prediction_error_ratio",
+                "Difference of predicted and seen time, as a share of what was seen",
+                ["model"],
+                buckets=_ERROR,
+                registry=registry,
+            )
         )
         self.prediction_confidence = Gauge(
             "omni_proxy_prediction_confidence",
@@ -126,12 +143,18 @@ class PrefixMetrics:
         self.depth = Histogram(
             "omni_proxy_prefix_depth_tokens", "Longest prefix known of a prompt", buckets=_DEPTH, registry=registry
         )
-        self.marks = counter("omni_proxy_prefix_marks", "Legs whose blocks were marked as expected, by end", "end")
-        self.forecasts = counter("omni_proxy_prefix_forecasts", "Cached tokens reported beside the forecast", "result")
-        self.forecast_error = counter(
-            "omni_proxy_prefix_forecast_error_tokens", "Tokens by which the forecast was wrong", "result"
+        self.marks = Labelled(
+            counter("omni_proxy_prefix_marks", "Legs whose blocks were marked as expected, by end", "end")
         )
-        self.keys = counter("omni_proxy_prefix_keys", "Block keys of prompts by where they came from", "source")
+        self.forecasts = Labelled(
+            counter("omni_proxy_prefix_forecasts", "Cached tokens reported beside the forecast", "result")
+        )
+        self.forecast_error = Labelled(
+            counter("omni_proxy_prefix_forecast_error_tokens", "Tokens by which the forecast was wrong", "result")
+        )
+        self.keys = Labelled(
+            counter("omni_proxy_prefix_keys", "Block keys of prompts by where they came from", "source")
+        )
 
     def compare(self, predicted: int, reported: int) -> None:
         """`less`: the engine had fewer tokens cached than the replica said."""

@@ -133,7 +133,7 @@ class Prefilling:
         computing = foresight.compute_on(worker, 0)
         # A later look would find the prompt itself on its way there.
         foreseen = foresight.cached_tokens(worker)
-        leg_trace = self._course.trace.leg("proxy.prefill", foresight.attributes(worker))
+        leg_trace = self._course.trace.leg("proxy.prefill", lambda: foresight.attributes(worker))
         began = self._loop.time()
         fleet = self._course.scheduler.fleet
         attempting = fleet.attempt(worker.id)

@@ -38,14 +38,10 @@ class FleetRoom:
 
     def _prompt_ms(self, ticket: Ticket) -> float:
         """Until a worker has computed what is ahead; 0 where that and the prompt are a small part of one step."""
-        slots, columns = self._fleet.computing_slots(), self._fleet.columns
-        ahead = columns.own_uncached_tokens[slots] + columns.others_uncached_tokens[slots]
-        if (
-            not ahead.all()
-            or (ahead + ticket.uncached_tokens <= _STEP_SHARE * self._fleet.times.most_batched(slots)).any()
-        ):
+        slots, times = self._fleet.computing_slots(), self._fleet.times
+        if times.begins_in_a_step(slots, ticket.uncached_tokens, _STEP_SHARE):
             return 0.0
-        return float(self._fleet.times.backlog_ms(slots, self._fleet.now()).min())
+        return float(times.backlog_ms(slots, self._fleet.now()).min())
 
     def _seat_ms(self, ticket: Ticket, slots: Rows) -> float:
         """Until a decode worker has a seat."""
@@ -59,7 +55,8 @@ class FleetRoom:
 
 def least_work(view: FleetView, prompt_tokens: int) -> tuple[int, float]:
     """Uncached tokens and predicted milliseconds of a prompt where it takes least."""
-    rows = np.flatnonzero(view.prefills) if view.prefills.any() else np.flatnonzero(view.decodes)
+    rows = np.flatnonzero(view.prefills)
+    rows = rows if len(rows) else np.flatnonzero(view.decodes)
     if not len(rows):
         return prompt_tokens, 0.0
     best = int(rows[np.argmin(view.times.prefill_ms[rows])])

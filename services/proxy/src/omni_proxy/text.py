@@ -51,7 +51,7 @@ class ModelText:
         """Token ids; long texts are tokenized in a thread so that streams keep flowing."""
         if len(text) <= _INLINE_CHARS:
             return self._encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(None, self._encode, text, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(None, self._encode_long, text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -93,6 +93,11 @@ class ModelText:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Without the offsets of tokens in the text, a third quicker; the batch's threads do not repay short texts."""
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
     def _detokenizers(self, skip_special: bool) -> Callable[[], Detokenizer]:
         tokens = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
         hidden = self._special if skip_special else set[int]()
@@ -128,7 +133,12 @@ def _load_template(model_dir: Path, config: Mapping[str, Any]) -> jinja2.Templat
     source = path.read_text() if path.exists() else config.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    return None if source is None else _environment().from_string(source)
+    if source is None:
+        return None
+    template = _environment().from_string(source)
+    # Every rendering copies them, which takes long for the chain of mappings that jinja makes here.
+    template.globals = dict(template.globals)
+    return template
 
 
 class _Generation(Extension):

@@ -19,9 +19,13 @@ class RequestTrace:
         self._context = trace.set_span_in_context(self._span)
 
     @contextmanager
-    def leg(self, name: str, attributes: Mapping[str, Attribute]) -> "Iterator[Leg]":
-        """A child span; an error that leaves the block marks it."""
-        span = self._tracer.start_span(name, context=self._context, kind=SpanKind.CLIENT, attributes=dict(attributes))
+    def leg(self, name: str, make_attributes: Callable[[], Mapping[str, Attribute]]) -> "Iterator[Leg]":
+        """A child span; an error that leaves the block marks it. Where the request is not traced it has no span."""
+        if not self._span.is_recording():
+            yield Leg(self._span, self._context)
+            return
+        attributes = dict(make_attributes())
+        span = self._tracer.start_span(name, context=self._context, kind=SpanKind.CLIENT, attributes=attributes)
         try:
             yield Leg(span, trace.set_span_in_context(span))
         except Exception as error:
@@ -41,15 +45,16 @@ class RequestTrace:
         context = self._span.get_span_context()
         return {"trace_id": trace.format_trace_id(context.trace_id)} if context.trace_flags.sampled else None
 
-    def end(self, attributes: Mapping[str, Attribute], error: str | None) -> None:
-        self._span.set_attributes(dict(attributes))
+    def end(self, make_attributes: Callable[[], Mapping[str, Attribute]], error: str | None) -> None:
+        if self._span.is_recording():
+            self._span.set_attributes(dict(make_attributes()))
         if error is not None:
             self._span.set_status(StatusCode.ERROR, error)
         self._span.end()
 
 
 class Leg:
-    """A running child span."""
+    """A running child span, or that of the request where nothing is recorded."""
 
     def __init__(self, span: Span, context: Context) -> None:
         self._span = span

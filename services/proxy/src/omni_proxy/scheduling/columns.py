@@ -4,36 +4,29 @@ A slot belongs to one worker id from its first mention until it is let go. Whoev
 `own_*`, the fleet what workers report.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from omni_proxy.scheduling.view import Floats, Ints
 
 _FIRST_SLOTS = 16
-_COLUMNS: Mapping[str, tuple[Any, tuple[int, ...]]] = {
-    "own_requests": (np.int64, ()),
-    "own_prefills": (np.int64, ()),
-    "own_uncached_tokens": (np.int64, ()),
-    "own_output_tokens": (np.int64, ()),
-    "own_work": (np.float64, (3,)),
-    "busy_since_s": (np.float64, ()),
-    "dispatched": (np.int64, ()),
-    "others_prefills": (np.int64, ()),
-    "others_uncached_tokens": (np.int64, ()),
-    "others_sequences": (np.int64, ()),
-    "running": (np.int64, ()),
-    "waiting": (np.int64, ()),
-    "kv_usage": (np.float64, ()),
-    "context_tokens": (np.int64, ()),
-    "stats_at_s": (np.float64, ()),
-}
+INTS = (
+    "own_requests", "own_prefills", "own_uncached_tokens", "own_output_tokens", "dispatched",
+    "others_prefills", "others_uncached_tokens", "others_sequences", "running", "waiting", "context_tokens",
+)  # fmt: skip
+(
+    OWN_REQUESTS, OWN_PREFILLS, OWN_UNCACHED_TOKENS, OWN_OUTPUT_TOKENS, DISPATCHED,
+    OTHERS_PREFILLS, OTHERS_UNCACHED_TOKENS, OTHERS_SEQUENCES, RUNNING, WAITING, CONTEXT_TOKENS,
+) = range(len(INTS))  # fmt: skip
+"""Rows of `Columns.ints`."""
+_FLOATS = {"own_work": (3,), "busy_since_s": (), "kv_usage": (), "stats_at_s": ()}
+"""Shapes of a slot's entry."""
 
 
 class Columns:
     """Arrays are replaced when they grow: read them through the attribute every time."""
 
+    ints: Ints
+    """All columns of whole numbers, one row each, so that a view takes them in one go."""
     own_requests: Ints
     own_prefills: Ints
     own_uncached_tokens: Ints
@@ -74,16 +67,24 @@ class Columns:
         """Forget the worker; its numbers start from zero for the next owner of the slot."""
         slot = self._slots.pop(worker_id, None)
         if slot is not None:
-            for name in _COLUMNS:
-                getattr(self, name)[slot] = 0
+            self.ints[:, slot] = 0
+            for name in _FLOATS:
+                getattr(self, name)[slot] = 0.0
             self._free.append(slot)
 
     def _grow(self, capacity: int) -> None:
-        for name, (kind, shape) in _COLUMNS.items():
-            grown = np.zeros((capacity, *shape), kind)
-            if self.capacity:
-                grown[: self.capacity] = getattr(self, name)
+        held = self.capacity
+        ints = np.zeros((len(INTS), capacity), np.int64)
+        if held:
+            ints[:, :held] = self.ints
+        self.ints = ints
+        for name, row in zip(INTS, ints, strict=True):
+            setattr(self, name, row)
+        for name, shape in _FLOATS.items():
+            grown = np.zeros((capacity, *shape))
+            if held:
+                grown[:held] = getattr(self, name)
             setattr(self, name, grown)
         # The lowest slot is taken first.
-        self._free[:0] = range(capacity - 1, self.capacity - 1, -1)
+        self._free[:0] = range(capacity - 1, held - 1, -1)
         self.capacity = capacity

@@ -9,14 +9,19 @@ stick to theirs as far as it pays, and no further.
 Ways that would break the inter-token SLO, of this sequence or of those already running on the worker, are taken only
 where there is no other. Beside prefill workers, a decode worker computes a prompt only where it does not hold up the
 others there for longer than the SLO allows, and only once the times of prompts are learned rather than believed.
+
+Learned times are no more exact than `alike`. Steps that last longer than the shortest by no more than that share count
+as long as it. Of decode workers that differ from the cheapest in nothing but learned times, and there by no more than
+that share, the one with the fewest sequences is taken: workers that are equal would else be told apart by noise.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 from pydantic import Field
 
-from omni_proxy.scheduling.decision import TIER, Decision, LegCosts, Prediction, Reason, eligible
+from omni_proxy.scheduling.decision import NO_COSTS, TIER, Decision, LegCosts, Reason, Taken, eligible, foreseen
+from omni_proxy.scheduling.kernels import cheapest_pair, decode_costs, freest
 from omni_proxy.scheduling.plugins import Parameters
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import Bools, FleetView, Floats, Rows
@@ -39,6 +44,20 @@ class CostParameters(Parameters):
         0, ge=0, description="Fewer uncached tokens are never prefilled apart; null: none are"
     )
     max_prefills: int = Field(8, ge=1, description="Of the cheapest, to be paired with every decode worker")
+    alike: float = Field(
+        0.05, ge=0, le=1, description="Learned times of decode workers that differ by so little are equal"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Seats:
+    """Decoding on each of `rows`: what comes after the blocks are there, by candidate."""
+
+    rows: Rows
+    after_ms: Floats
+    """Seat and steps."""
+    penalty: Floats
+    """Where steps get too long."""
 
 
 class CostPolicy:
@@ -51,52 +70,49 @@ class CostPolicy:
 
     def choose(self, request: SchedulingRequest, view: FleetView) -> Decision:
         prefills, decodes = eligible(request, view)
-        decode_ms, keeps_itl = self._decode(request, view, decodes)
+        seats = self._seats(request, view, decodes)
         if not request.may_prefill:
-            return self._continued(request, view, decodes, decode_ms, keeps_itl)
+            return self._continued(request, view, seats)
         first_ms = view.times.queue_ms + view.load_ms + view.times.prefill_ms
-        alone = self._alone(request, view, decodes, first_ms, decode_ms, keeps_itl)
-        pair = self._pair(request, view, prefills, decodes, first_ms, decode_ms, keeps_itl)
-        best_alone = int(np.argmin(alone.value))
-        least = self._parameters.disaggregate_min_tokens
-        is_short = least is None or int(view.uncached_tokens(request)[decodes[best_alone]]) < least
+        alone, best_alone = self._alone(request, view, seats, first_ms)
+        pair = self._pair(view, prefills, seats, first_ms)
+        least, row = self._parameters.disaggregate_min_tokens, int(decodes[best_alone])
+        is_short = least is None or self._uncached(request, view, row) < least
         if pair is None or is_short:
             reason = Reason.NO_PREFILL if not len(prefills) else Reason.SHORT if is_short else Reason.NO_CONNECTOR
-            return self._decided(view, request, None, int(decodes[best_alone]), reason, alone=alone)
-        costs, second, p, d, transfer_ms = pair
-        if alone.value[best_alone] < costs.value.min():
-            row = int(decodes[best_alone])
-            return self._decided(view, request, None, row, Reason.CHEAPER_ALONE, costs, second, alone)
-        return self._decided(view, request, p, d, Reason.DISAGGREGATED, costs, second, alone, transfer_ms)
+            return self._decided(view, request, None, row, reason, alone=alone)
+        first, second, p, d, transfer_ms = pair
+        if alone.value.min() < first.value.min():
+            return self._decided(view, request, None, row, Reason.CHEAPER_ALONE, first, second, alone)
+        return self._decided(view, request, p, d, Reason.DISAGGREGATED, first, second, alone, transfer_ms)
 
-    def _decode(self, request: SchedulingRequest, view: FleetView, decodes: Rows) -> tuple[Floats, Floats]:
-        """Cost of decoding on each, and the penalty where its steps get too long."""
-        times, slo_ms = view.times, request.slo.itl_ms
-        step_ms = times.step_ms[decodes]
-        cost = times.seat_ms[decodes] + self._parameters.horizon_tokens * step_ms
-        if slo_ms is None:
-            return cost, np.zeros(len(decodes))
-        return cost, np.where(step_ms > slo_ms, TIER, 0.0)
+    def _seats(self, request: SchedulingRequest, view: FleetView, decodes: Rows) -> _Seats:
+        times, of = view.times, self._parameters
+        slo_ms = np.inf if request.slo.itl_ms is None else float(request.slo.itl_ms)
+        costs = decode_costs(times.step_ms, times.seat_ms, decodes, of.horizon_tokens, of.alike, slo_ms, TIER)
+        return _Seats(decodes, *costs)
 
     def _alone(
-        self, request: SchedulingRequest, view: FleetView, decodes: Rows, first: Floats, decode: Floats, penalty: Floats
-    ) -> LegCosts:
-        times = view.times
-        stalls = np.where(self._stalls(request, view, decodes), TIER, 0.0)
-        if times.confidence.max(initial=0.0) < self._parameters.min_confidence:
-            stalls[:] = TIER
-        return LegCosts(
-            decodes,
-            first[decodes] + decode + np.maximum(penalty, stalls),
-            {
-                "queue_ms": times.queue_ms[decodes],
-                "load_ms": view.load_ms[decodes],
-                "prefill_ms": times.prefill_ms[decodes],
-                "seat_ms": times.seat_ms[decodes],
-                "step_ms": times.step_ms[decodes],
-                "stall_ms": times.stall_ms[decodes],
-            },
-        )
+        self, request: SchedulingRequest, view: FleetView, seats: _Seats, first_ms: Floats
+    ) -> tuple[LegCosts, int]:
+        """Costs, and the position of the worker that would be taken."""
+        times, rows = view.times, seats.rows
+        if times.confidence.max() < self._parameters.min_confidence:
+            penalty = np.full(len(rows), TIER)
+        else:
+            penalty = np.maximum(seats.penalty, np.where(self._stalls(request, view, rows), TIER, 0.0))
+        terms = {
+            "queue_ms": times.queue_ms,
+            "load_ms": view.load_ms,
+            "prefill_ms": times.prefill_ms,
+            "seat_ms": times.seat_ms,
+            "step_ms": times.step_ms,
+            "stall_ms": times.stall_ms,
+        }
+        after_ms = seats.after_ms + penalty
+        costs = LegCosts(rows, first_ms[rows] + after_ms, Taken(rows, terms))
+        waiting_ms = (times.queue_ms + view.load_ms)[rows] + after_ms
+        return costs, self._freest(view, rows, costs.value, waiting_ms, times.prefill_ms[rows])
 
     def _stalls(self, request: SchedulingRequest, view: FleetView, decodes: Rows) -> Bools:
         """Where computing the prompt would hold up the sequences that run, or begin meanwhile, for too long."""
@@ -109,78 +125,76 @@ class CostPolicy:
         return (mean_ms > slo_ms) | (stall_ms > parameters.stall_steps * slo_ms)
 
     def _pair(
-        self,
-        request: SchedulingRequest,
-        view: FleetView,
-        prefills: Rows,
-        decodes: Rows,
-        first: Floats,
-        decode: Floats,
-        penalty: Floats,
+        self, view: FleetView, prefills: Rows, seats: _Seats, first_ms: Floats
     ) -> tuple[LegCosts, LegCosts, int, int, float] | None:
         """Costs of both legs, the cheapest pair's rows, and its transfer; None where no two can pair."""
-        times = view.times
-        can = view.can_pair(prefills, decodes)
-        able = can.any(axis=1)
-        if not able.any():
+        times, decodes, most = view.times, seats.rows, self._parameters.max_prefills
+        rows, can = prefills, view.can_pair(prefills, decodes)
+        if not can.all():
+            able = can.any(axis=1)
+            rows, can = prefills[able], can[able]
+        if not len(rows):
             return None
-        rows = prefills[able]
-        if len(rows) > self._parameters.max_prefills:
-            nearest = np.argpartition(first[rows], self._parameters.max_prefills)[: self._parameters.max_prefills]
-            rows = rows[np.sort(nearest)]
-            can = view.can_pair(rows, decodes)
-        else:
-            can = can[able]
+        if len(rows) > most:
+            nearest = np.sort(np.argpartition(first_ms[rows], most)[:most])
+            rows, can = rows[nearest], can[nearest]
         transfer_ms = times.transfer_ms(rows, decodes)
-        handoff_ms = np.where(can, transfer_ms + decode + penalty, np.inf)
-        total = first[rows][:, None] + handoff_ms
-        p, d = np.unravel_index(int(np.argmin(total)), total.shape)
-        prefill_costs = LegCosts(
-            rows,
-            total.min(axis=1),
-            {
-                "queue_ms": times.queue_ms[rows],
-                "load_ms": view.load_ms[rows],
-                "prefill_ms": times.prefill_ms[rows],
-                "cached_tokens": view.cached_tokens[rows],
-            },
+        after_ms = seats.after_ms + seats.penalty
+        p, value = cheapest_pair(first_ms[rows], after_ms, transfer_ms, can)
+        handoff_ms = np.where(can[p], transfer_ms[p] + after_ms, np.inf)
+        d = self._freest(view, decodes, handoff_ms, after_ms, transfer_ms[p])
+        first = {
+            "queue_ms": times.queue_ms,
+            "load_ms": view.load_ms,
+            "prefill_ms": times.prefill_ms,
+            "cached_tokens": view.cached_tokens,
+        }
+        second = {
+            "transfer_ms": transfer_ms[p],
+            "seat_ms": times.seat_ms[decodes],
+            "step_ms": times.step_ms[decodes],
+        }
+        return (
+            LegCosts(rows, value, Taken(rows, first)),
+            LegCosts(decodes, handoff_ms, second),
+            int(rows[p]),
+            int(decodes[d]),
+            float(transfer_ms[p, d]),
         )
-        decode_costs = LegCosts(
-            decodes,
-            handoff_ms[p],
-            {
-                "transfer_ms": transfer_ms[p],
-                "seat_ms": times.seat_ms[decodes],
-                "step_ms": times.step_ms[decodes],
-            },
-        )
-        return prefill_costs, decode_costs, int(rows[p]), int(decodes[d]), float(transfer_ms[p, d])
 
-    def _continued(
-        self, request: SchedulingRequest, view: FleetView, decodes: Rows, decode: Floats, penalty: Floats
-    ) -> Decision:
+    def _freest(self, view: FleetView, rows: Rows, cost: Floats, known_ms: Floats, learned_ms: Floats) -> int:
+        """Position of the cheapest, or of one like it with fewer sequences; see the module."""
+        load = view.cached_tokens, view.own_requests, view.others_sequences, view.dispatched
+        return freest(cost, known_ms, learned_ms, self._parameters.alike, rows, *load)
+
+    def _continued(self, request: SchedulingRequest, view: FleetView, seats: _Seats) -> Decision:
         """Decode only: blocks are pulled from their holder, or the prompt and what follows is computed again."""
-        times = view.times
+        times, rows = view.times, seats.rows
         holder = view.ids.index(request.held_by) if request.held_by in view.ids else None
-        first = times.queue_ms[decodes] + view.load_ms[decodes] + times.prefill_ms[decodes]
-        terms = {"seat_ms": times.seat_ms[decodes], "step_ms": times.step_ms[decodes]}
-        transfer, pulls = np.zeros(len(decodes)), np.full(len(decodes), bool(request.kv_connector))
+        waiting_ms, computing_ms = (times.queue_ms + view.load_ms)[rows], times.prefill_ms[rows]
+        first_ms = waiting_ms + computing_ms
+        transfer_ms, pulls = np.zeros(len(rows)), np.full(len(rows), bool(request.kv_connector))
+        terms: dict[str, Floats] = {}
         if holder is not None:
             from_there = np.array([holder])
-            transfer = times.transfer_ms(from_there, decodes)[0]
-            pulls = view.can_pair(from_there, decodes)[0]
-            terms = {"transfer_ms": np.where(pulls, transfer, 0.0), "first_ms": np.where(pulls, 0.0, first), **terms}
+            transfer_ms = times.transfer_ms(from_there, rows)[0]
+            pulls = view.can_pair(from_there, rows)[0]
+            terms = {"transfer_ms": np.where(pulls, transfer_ms, 0.0), "first_ms": np.where(pulls, 0.0, first_ms)}
         elif not request.kv_connector:
-            terms = {"first_ms": first, **terms}
-        costs = LegCosts(decodes, np.where(pulls, transfer, first) + decode + penalty, terms)
-        best = int(np.argmin(costs.value))
-        decision = self._decided(view, request, None, int(decodes[best]), Reason.CONTINUED, second=costs)
-        if not pulls[best]:
-            return decision
-        # Nothing is computed: what comes before the next token is a seat and the blocks.
-        wait_ms, moving_ms = float(times.seat_ms[decodes[best]]), float(transfer[best])
-        foreseen = replace(decision.prediction, queue_ms=wait_ms, prefill_ms=0.0, transfer_ms=moving_ms)
-        return replace(decision, prediction=foreseen)
+            terms = {"first_ms": first_ms}
+        terms |= {"seat_ms": times.seat_ms[rows], "step_ms": times.step_ms[rows]}
+        after_ms = seats.after_ms + seats.penalty
+        costs = LegCosts(rows, np.where(pulls, transfer_ms, first_ms) + after_ms, terms)
+        known_ms, learned_ms = after_ms + np.where(pulls, 0.0, waiting_ms), np.where(pulls, transfer_ms, computing_ms)
+        best = self._freest(view, rows, costs.value, known_ms, learned_ms)
+        moving_ms, is_pull = float(transfer_ms[best]) if pulls[best] else 0.0, bool(pulls[best])
+        decode = int(rows[best])
+        return self._decided(
+            view, request, None, decode, Reason.CONTINUED, second=costs, transfer_ms=moving_ms, pulls=is_pull
+        )
+
+    def _uncached(self, request: SchedulingRequest, view: FleetView, row: int) -> int:
+        return max(0, request.prompt_tokens - int(view.cached_tokens[row]))
 
     def _decided(
         self,
@@ -189,28 +203,22 @@ class CostPolicy:
         prefill: int | None,
         decode: int,
         reason: Reason,
-        first: LegCosts | None = None,
-        second: LegCosts | None = None,
-        alone: LegCosts | None = None,
+        first: LegCosts = NO_COSTS,
+        second: LegCosts = NO_COSTS,
+        alone: LegCosts = NO_COSTS,
         transfer_ms: float = 0.0,
+        *,
+        pulls: bool = False,
     ) -> Decision:
-        times, computing = view.times, decode if prefill is None else prefill
-        empty = LegCosts(np.zeros(0, np.intp), np.zeros(0))
         return Decision(
             prefill=None if prefill is None else view.ids[prefill],
             decode=view.ids[decode],
             reason=reason,
-            uncached_tokens=max(0, request.prompt_tokens - int(view.cached_tokens[computing])),
+            uncached_tokens=self._uncached(request, view, decode if prefill is None else prefill),
             policy=self.name,
             ids=view.ids,
-            prefill_costs=first or empty,
-            decode_costs=second or empty,
-            alone_costs=alone or empty,
-            prediction=Prediction(
-                queue_ms=float(times.queue_ms[computing]),
-                prefill_ms=float(times.prefill_ms[computing]),
-                transfer_ms=transfer_ms,
-                step_ms=float(times.step_ms[decode]),
-                confidence=float(times.confidence[computing]),
-            ),
+            prefill_costs=first,
+            decode_costs=second,
+            alone_costs=alone,
+            prediction=foreseen(view, prefill, decode, transfer_ms=transfer_ms, pulls=pulls),
         )

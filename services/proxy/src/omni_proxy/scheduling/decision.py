@@ -1,6 +1,6 @@
 """The outcome of a choice, as a value: who, why, and what every candidate would have cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -42,6 +42,25 @@ class LegCosts:
 NO_COSTS = LegCosts(np.zeros(0, np.intp), np.zeros(0))
 
 
+class Taken(Mapping[str, Any]):
+    """Terms of a leg as columns of a whole view; the entries of its candidates are taken when somebody reads them."""
+
+    __slots__ = ("_columns", "_rows")
+
+    def __init__(self, rows: Rows, columns: Mapping[str, Any]) -> None:
+        self._rows = rows
+        self._columns = columns
+
+    def __getitem__(self, name: str) -> Any:
+        return self._columns[name][self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What the chosen legs are expected to take, in milliseconds; 0 where a policy does not predict."""
@@ -59,6 +78,20 @@ class Prediction:
 
 
 NO_PREDICTION = Prediction()
+
+
+def foreseen(
+    view: FleetView, prefill: int | None, decode: int, *, transfer_ms: float = 0.0, pulls: bool = False
+) -> Prediction:
+    """Of the rows chosen. Where decode `pulls` blocks that wait, nothing is computed before the next token."""
+    times, computing = view.times, decode if prefill is None else prefill
+    return Prediction(
+        queue_ms=float(times.seat_ms[decode] if pulls else times.queue_ms[computing]),
+        prefill_ms=0.0 if pulls else float(times.prefill_ms[computing]),
+        transfer_ms=transfer_ms,
+        step_ms=float(times.step_ms[decode]),
+        confidence=float(times.confidence[computing]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +161,15 @@ def eligible(request: SchedulingRequest, view: FleetView) -> tuple[Rows, Rows]:
     Raises:
         Unavailable: no decode worker takes work.
     """
-    allowed = np.ones(len(view), np.bool_)
+    prefilling, decoding = view.prefills, view.decodes
     if request.excluded:
         allowed = np.array([worker not in request.excluded for worker in view.ids], np.bool_)
-    decodes = np.flatnonzero(view.decodes & allowed)
+        prefilling, decoding = prefilling & allowed, decoding & allowed
+    decodes = np.flatnonzero(decoding)
     if not len(decodes):
         raise Unavailable("no decode worker takes work", reason="no_decode_worker", retry_after_s=RETRY_AFTER_S)
     if request.kv_connector:
         pulling = [row for row in decodes if view.connectors[row] == request.kv_connector]
         decodes = np.array(pulling, np.intp) if pulling else decodes
-    prefills = np.flatnonzero(view.prefills & allowed) if request.may_prefill else np.zeros(0, np.intp)
+    prefills = np.flatnonzero(prefilling) if request.may_prefill else np.zeros(0, np.intp)
     return prefills, decodes

@@ -58,16 +58,20 @@ class Outlook:
 
     def columns(self, worker_ids: Sequence[str]) -> Floats:
         """As `of`, of many workers: rows cached, expected, loadable tokens and load_ms; one column per worker."""
+        found = np.zeros((4, len(worker_ids)))
+        if not self._prefixes.longest():
+            return found
         reached = self._prefixes.matrix(worker_ids)
         cached = reached[:, _COMPUTED_TIERS - 1]
-        depth, load_ms = cached.copy(), np.zeros(len(worker_ids))
-        for tier, cost in enumerate(self._costs, _COMPUTED_TIERS):
-            more = np.maximum(reached[:, tier] - depth, 0)
-            if more.any():
+        found[0], found[1] = cached * self._block_size, (cached - reached[:, 0]) * self._block_size
+        if (reached[:, -1] > cached).any():
+            depth, load_ms = cached.copy(), found[3]
+            for tier, cost in enumerate(self._costs, _COMPUTED_TIERS):
+                more = np.maximum(reached[:, tier] - depth, 0)
                 load_ms += np.where(more > 0, cost.latency_ms + more * cost.ms_per_block, 0.0)
                 depth += more
-        size = self._block_size
-        return np.stack([cached * size, (cached - reached[:, 0]) * size, (depth - cached) * size, load_ms])
+            found[2] = (depth - cached) * self._block_size
+        return found
 
 
 def reusable_tokens(cached_tokens: int, prompt_tokens: int, block_size: int) -> int:

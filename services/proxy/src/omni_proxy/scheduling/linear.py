@@ -17,6 +17,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from omni_proxy.scheduling import kernels
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Rows = NDArray[np.intp]
@@ -110,10 +112,7 @@ class LinearModel:
 
     def milliseconds(self, rows: Rows | Ints, features: Floats) -> Floats:
         """What features[i] are predicted to take on rows[i]; never negative, never NaN."""
-        ms = np.einsum("ij,ij->i", self._coefficients.take(rows, 0), features)
-        np.fmax(ms, 0.0, out=ms)
-        result: Floats = np.fmin(ms, LONGEST_MS, out=ms)
-        return result
+        return kernels.milliseconds(self._coefficients, rows, features, LONGEST_MS)
 
     def predict(self, rows: Rows | Ints, features: Floats) -> tuple[Floats, Floats]:
         """`milliseconds` and the standard deviation of what will be seen, noise included."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from omni_proxy.scheduling import kernels
 from omni_proxy.scheduling.columns import Columns
 from omni_proxy.scheduling.interfaces import Predictor
 from omni_proxy.scheduling.linear import LinearModel
@@ -23,8 +24,6 @@ _STEP_BACKGROUND = 0.1
 """Smoothing of the prompt tokens that a worker computes beside a decode step."""
 _TELLS = frozenset({8, 32, 128, 512})
 """Observations of a worker after which others of its kind hear of it."""
-_LATE = 0.1
-"""Share of the predicted work that is taken to be left at least, however long it has taken already."""
 
 
 def prompt_features(uncached_tokens: int, cached_tokens: int) -> Floats:
@@ -172,7 +171,7 @@ class WorkerTimes:
 
     def most_sequences(self, slots: Rows) -> Ints:
         """Seats of each worker; 0: unknown."""
-        seats: Ints = self._limits[slots, 0]
+        seats: Ints = self._limits[slots, kernels.SEATS]
         return seats
 
     def sequences(self, slots: Rows) -> Ints:
@@ -184,17 +183,16 @@ class WorkerTimes:
 
     def have_seats(self, slots: Rows, tokens: int) -> Bools:
         """Whether each worker's batch and cache have room for one more sequence of so many tokens."""
-        columns, limits = self._columns, self._limits[slots]
-        seats, kv_tokens = limits[:, 0], limits[:, 1]
-        has_seat = (self.sequences(slots) < seats) | (seats == 0)
-        has_room = (columns.kv_usage[slots] * kv_tokens + tokens <= kv_tokens) | (kv_tokens == 0)
-        free: Bools = has_seat & has_room
-        return free
+        return self.steps_to_seat(slots, tokens, 1) <= 0.0
 
-    def most_batched(self, slots: Rows) -> Ints:
-        """Tokens that each worker computes in one step at most; 0: unknown."""
-        tokens: Ints = self._limits[slots, 2]
-        return tokens
+    def steps_to_seat(self, slots: Rows, tokens: int, output_tokens: int) -> Floats:
+        """Until each worker has room for one more sequence, where sequences end after `output_tokens` steps."""
+        columns = self._columns
+        return kernels.steps_to_seat(columns.ints, columns.kv_usage, self._limits, slots, tokens, output_tokens)
+
+    def begins_in_a_step(self, slots: Rows, uncached_tokens: int, step_share: float) -> bool:
+        """Some worker has no prompt ahead, or those ahead and this one fill but a share of one of its steps."""
+        return kernels.begins_in_a_step(self._columns.ints, self._limits, slots, uncached_tokens, step_share)
 
     def of(self, slots: Rows, now_s: float, prompt_tokens: int, output_tokens: int, uncached: Ints) -> "RequestTimes":
         """Of one request on each of these workers."""
@@ -213,20 +211,8 @@ class WorkerTimes:
     def _remaining(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Features of the work ahead; what passed since the first prompt began is taken off."""
         columns = self._columns
-        own = columns.own_work[slots]
-        total_ms = self._prompt.milliseconds(self._prompt_rows[slots], own)
-        passed_ms = (now_s - columns.busy_since_s[slots]) * 1e3
-        left_ms = np.maximum(total_ms - passed_ms, np.maximum(_LATE * total_ms, passed_ms - total_ms))
-        share = np.where(total_ms > 0, left_ms / np.maximum(total_ms, 1e-9), 0.0)
-        work: Floats = own * share[:, None]
-        others = columns.others_uncached_tokens[slots]
-        if others.any():
-            # A prompt that decode computes alone is told by its tokens only.
-            prompts = np.maximum(columns.others_prefills[slots], others > 0)
-            work[:, 0] += prompts
-            work[:, 1] += others
-            work[:, 2] += others * (others / np.maximum(prompts, 1)) / 2e3
-        return work
+        total_ms = self._prompt.milliseconds(self._prompt_rows[slots], columns.own_work[slots])
+        return kernels.remaining(columns.ints, columns.own_work, columns.busy_since_s, slots, total_ms, now_s)
 
     def _alike(self, kind: str) -> list[int]:
         """Slots of the workers of a kind."""
@@ -295,65 +281,40 @@ class RequestTimes:
 
     @_once
     def prefill_ms(self) -> Floats:
-        return self._prompt_ms(self._uncached, self._prompt_tokens - self._uncached)
+        return self._prompt_ms(self._uncached)
 
     @_once
     def step_ms(self) -> Floats:
-        times, slots, columns = self._times, self._slots, self._times._columns
-        batch = np.maximum(columns.running[slots], columns.own_requests[slots] + columns.others_sequences[slots])
-        features = np.empty((len(slots), 4))
-        features[:, 0] = 1.0
-        features[:, 1] = batch + 1
-        features[:, 2] = (columns.context_tokens[slots] + self._prompt_tokens) / 1e3
-        features[:, 3] = times._background[slots]
+        times, slots = self._times, self._slots
+        features = kernels.step_features(times._columns.ints, times._background, slots, self._prompt_tokens)
         return times._step.milliseconds(times._step_rows[slots], features)
 
     @_once
     def stall_ms(self) -> Floats:
-        most = self._times._limits[self._slots, 2]
+        most = self._times._limits[self._slots, kernels.BATCHED_TOKENS]
         chunk = np.where(most > 0, np.minimum(self._uncached, most), self._uncached)
-        return self.step_ms + self._prompt_ms(chunk, self._prompt_tokens - chunk)
+        return self.step_ms + self._prompt_ms(chunk)
 
     @_once
     def seat_ms(self) -> Floats:
-        """A sequence ends every (output tokens * step / running) milliseconds; so many have to end first."""
-        slots, columns = self._slots, self._times._columns
         tokens = self._prompt_tokens + self._output_tokens
-        if self._times.have_seats(slots, tokens).all():
-            return np.zeros(len(slots))
-        limits = self._times._limits[slots]
-        sequences = self._times.sequences(slots)
-        # Reports are late: of those sent since, as many run as there are seats.
-        seated = np.where(limits[:, 0] > 0, np.minimum(sequences, limits[:, 0]), columns.running[slots])
-        running = np.maximum(np.maximum(columns.running[slots], seated), 1)
-        over_seats = np.where(limits[:, 0] > 0, sequences + 1 - limits[:, 0], 0)
-        needed = np.where(limits[:, 1] > 0, tokens / np.maximum(limits[:, 1], 1), 0)
-        over_room = np.maximum(columns.kv_usage[slots] + needed - 1.0, 0.0) * running
-        ends: Floats = np.maximum(np.maximum(over_seats, over_room), 0.0)
-        if ends.any():
-            ends = ends * self._output_tokens * self.step_ms / running
-        return ends
+        return self._times.steps_to_seat(self._slots, tokens, self._output_tokens) * self.step_ms
 
     @_once
     def confidence(self) -> Floats:
         return self._times._prompt.confidence(self._times._prompt_rows[self._slots])
 
     def transfer_ms(self, prefills: Rows, decodes: Rows) -> Floats:
-        times, holders = self._times, self._slots[prefills]
-        rows = times._pair_rows[holders[:, None], self._slots[decodes]]
-        rows = np.where(rows >= 0, rows, times._connector_rows[holders][:, None])
-        features = np.empty((*rows.shape, 2))
-        features[..., 0] = 1.0
-        # What a decode worker does not have yet.
-        features[..., 1] = self._uncached[decodes] / 1e3
-        return times._transfer.milliseconds(rows.ravel(), features.reshape(-1, 2)).reshape(rows.shape)
+        times, slots = self._times, self._slots
+        rows, features = kernels.transfer_features(
+            times._pair_rows, times._connector_rows, slots[prefills], slots[decodes], self._uncached[decodes]
+        )
+        return times._transfer.milliseconds(rows, features).reshape(len(prefills), len(decodes))
 
-    def _prompt_ms(self, new: Ints, cached: Ints) -> Floats:
-        features = np.empty((len(new), 3))
-        features[:, 0] = 1.0
-        features[:, 1] = new
-        features[:, 2] = new * (cached + new / 2) / 1e3
-        return self._times._prompt.milliseconds(self._times._prompt_rows[self._slots], features)
+    def _prompt_ms(self, new: Ints) -> Floats:
+        """Computing so many tokens of the prompt behind all the others."""
+        times, features = self._times, kernels.prompt_features(new, self._prompt_tokens)
+        return times._prompt.milliseconds(times._prompt_rows[self._slots], features)
 
 
 def _prior(model: Predictor, alike: Ints, fallback: Sequence[float]) -> Floats:

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from pydantic import Field
 
-from omni_proxy.scheduling.decision import NO_COSTS, TIER, Decision, LegCosts, Prediction, Reason, eligible
+from omni_proxy.scheduling.decision import NO_COSTS, TIER, Decision, LegCosts, Prediction, Reason, eligible, foreseen
 from omni_proxy.scheduling.plugins import Parameters
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import Bools, FleetView, Floats, Ints, Rows
@@ -140,23 +140,10 @@ def _pairable(view: FleetView, prefills: Rows, ranking: Ranking, decodes: Rows) 
 
 def _prediction(request: SchedulingRequest, view: FleetView, prefill: int | None, decode: int) -> Prediction:
     """What the predictors say of the choice, though it was not made by them."""
-    times, computing = view.times, decode if prefill is None else prefill
-    confidence = float(times.confidence[computing])
-    if (pulls := _pulling(request, view, np.array([decode]))) is not None and pulls[0]:
-        holder = np.array([view.ids.index(request.held_by or "")])
-        return Prediction(
-            queue_ms=float(times.seat_ms[decode]),
-            transfer_ms=float(times.transfer_ms(holder, np.array([decode]))[0, 0]),
-            step_ms=float(times.step_ms[decode]),
-            confidence=confidence,
-        )
+    pulls = _pulling(request, view, np.array([decode]))
+    is_pull = pulls is not None and bool(pulls[0])
+    holder = view.ids.index(request.held_by or "") if is_pull else prefill
     transfer_ms = 0.0
-    if prefill is not None:
-        transfer_ms = float(times.transfer_ms(np.array([prefill]), np.array([decode]))[0, 0])
-    return Prediction(
-        queue_ms=float(times.queue_ms[computing]),
-        prefill_ms=float(times.prefill_ms[computing]),
-        transfer_ms=transfer_ms,
-        step_ms=float(times.step_ms[decode]),
-        confidence=confidence,
-    )
+    if holder is not None:
+        transfer_ms = float(view.times.transfer_ms(np.array([holder]), np.array([decode]))[0, 0])
+    return foreseen(view, prefill, decode, transfer_ms=transfer_ms, pulls=is_pull)
