@@ -16,7 +16,7 @@ TESTS := $(wildcard proto libs services cli tests)
 PACKAGES := omni_common omni_engine omni_kernels omni_proxy omni_prefill omni_decode omni_kvstore omni_placement omni_cli
 BUF := .omni/tools/node_modules/.bin/buf
 
-.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench bench-kvstore bench-proxy bench-scheduler chaos clean release
+.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench bench-kvstore bench-placement bench-proxy bench-scheduler chaos clean release
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench: setup  ## measure a stack beside vLLM's own server (ARGS=--quick)
 
 bench-kvstore: setup  ## measure the prefix index beside its baselines (ARGS=--quick)
 	@$(BIN)/python bench/kvstore.py $(ARGS)
+
+bench-placement: setup  ## compare solvers of expert placement with DeepSeek's and vLLM's (ARGS='--quick --affinity')
+	@$(BIN)/python bench/placement.py $(ARGS)
 
 bench-proxy: setup  ## tokens per second, latency and profile of the proxy on one core (ARGS=--quick)
 	@$(BIN)/python bench/proxy.py $(ARGS)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from omni_cli.errors import InvalidOptions, NotEnoughMemory
 from omni_cli.plan import GIB, Machine, Probe, StackOptions, plan_stack, split_cores
 
+EXPERT_RANKS = {"expert_ranks": 2, "spare_experts": 4}
 BIG = Machine(tuple(range(8)), 64 * GIB)
 
 
@@ -50,6 +51,16 @@ def test_default_stack_is_the_five_services_in_order():
         pytest.param({"both": 2}, "both-1", "OMNI_DECODE_WORKER_ID", "p8000-both-1", id="worker id of both"),
         pytest.param({"kv_cache_gib": 0.5}, "decode-0", "OMNI_DECODE_VLLM__KV_CACHE_GIB", "0.5", id="kv cache"),
         pytest.param({"max_model_len": 512}, "decode-0", "OMNI_DECODE_VLLM__MAX_MODEL_LEN", "512", id="length"),
+        pytest.param(EXPERT_RANKS, "decode-0", "OMNI_DECODE_VLLM__EXPERT_PARALLEL", "true", id="expert parallelism"),
+        pytest.param(EXPERT_RANKS, "decode-0", "OMNI_DECODE_VLLM__TENSOR_PARALLEL_SIZE", "2", id="ranks"),
+        pytest.param(EXPERT_RANKS, "prefill-0", "OMNI_PREFILL_VLLM__REDUNDANT_EXPERTS", "4", id="spare slots"),
+        pytest.param(EXPERT_RANKS, "decode-0", "OMNI_DECODE_VLLM__CORES", "3|4", id="cores by rank"),
+        pytest.param(
+            {**EXPERT_RANKS, "engine": "sim"}, "decode-0", "OMNI_DECODE_SIM__EXPERTS__NUM_RANKS", "2", id="sim ranks"
+        ),
+        pytest.param(
+            {**EXPERT_RANKS, "engine": "sim"}, "decode-0", "OMNI_DECODE_SIM__EXPERTS__SPARE_SLOTS", "4", id="sim spare"
+        ),
         pytest.param({"otlp_endpoint": "http://c:1"}, "proxy", "OMNI_PROXY_OTLP_ENDPOINT", "http://c:1", id="otlp"),
     ],
 )
@@ -62,6 +73,14 @@ def test_every_worker_and_the_proxy_find_the_same_kvstore():
     kvstore = planned.specs[0].address
     found = {v for spec in planned.specs for k, v in spec.environment.items() if k.endswith("_KVSTORE")}
     assert found == {kvstore}
+
+
+def test_workers_find_the_placement_service_where_their_experts_can_move():
+    planned = plan(**EXPERT_RANKS)
+    placement = next(spec.address for spec in planned.specs if spec.name == "placement")
+    found = [v for spec in planned.specs for k, v in spec.environment.items() if k.endswith("_PLACEMENT")]
+    assert found == [placement, placement]
+    assert not [name for spec in plan().specs for name in spec.environment if name.endswith("_PLACEMENT")]
 
 
 def test_simulated_engines_get_no_vllm_settings():
@@ -82,6 +101,12 @@ def test_simulated_engines_get_no_vllm_settings():
 )
 def test_cores(cores, engines, expected):
     assert split_cores(cores, engines) == expected
+
+
+def test_ranks_in_step_leave_a_core_to_the_services():
+    assert split_cores(range(4), 2) == ["0-1", "2-3"]
+    assert split_cores(range(4), 2, in_step=True) == ["1", "2"]
+    assert split_cores(range(2), 2, in_step=True) == ["0", "1"]
 
 
 @given(st.sets(st.integers(0, 255), min_size=1, max_size=64), st.integers(1, 12))
@@ -109,6 +134,9 @@ def test_no_port_is_planned_twice(prefill, decode, engine):
         pytest.param({"prefill": -1}, InvalidOptions, "--prefill", id="negative"),
         pytest.param({"engine": "tpu"}, InvalidOptions, "vllm, sim", id="unknown engine"),
         pytest.param({"port": 0}, InvalidOptions, "65535", id="port"),
+        pytest.param({"expert_ranks": 1}, InvalidOptions, "2 ranks", id="one expert rank"),
+        pytest.param({"spare_experts": 4}, InvalidOptions, "--expert-ranks", id="spare slots without ranks"),
+        pytest.param({"expert_ranks": 12}, NotEnoughMemory, "64.0 GiB are free", id="memory of ranks"),
         pytest.param({"decode": 40}, NotEnoughMemory, "64.0 GiB are free", id="memory"),
         pytest.param({"kv_cache_gib": 100.0}, NotEnoughMemory, "--kv-cache-gib", id="kv cache"),
     ],

@@ -18,6 +18,7 @@ from omni_cli.chat import Answer, ChatClient
 from omni_cli.config_commands import config_app
 from omni_cli.errors import CliError, InvalidOptions, NoSuchStack
 from omni_cli.explain_commands import EXPLAIN_EPILOG, explain
+from omni_cli.extensions import Commands
 from omni_cli.facts import probe_facts
 from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
@@ -26,13 +27,17 @@ from omni_cli.plan import StackOptions
 from omni_cli.status import read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
 from omni_cli.workers_commands import workers_app
+from omni_common.errors import InvalidRequest, NotFound, OmniError
 
 EXIT_UNHEALTHY = 3
+EXIT_CODES = {InvalidRequest: InvalidOptions.exit_code, NotFound: NoSuchStack.exit_code}
+"""Of what extensions raise; anything else is 1."""
 FOLLOW_INTERVAL_S = 0.2
 DEFAULT_MODEL = Path("models") / "tiny-moe"
 
 app = typer.Typer(
     name="omni",
+    cls=Commands,
     help="Run an Omni stack on this machine and look at it.\n\nStart with [bold]omni doctor[/], then [bold]omni up[/].",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -48,6 +53,7 @@ app.add_typer(workers_app, name="workers")
     epilog=examples(
         "omni up",
         "omni up --engine sim --prefill 2 --decode 4 --port 8100 --detach",
+        "omni up --expert-ranks 2 --spare-experts 4",
         "omni up --redis redis://cache:6379 --otlp http://collector:4317 --model ~/models/Qwen3-30B-A3B",
     )
 )
@@ -67,6 +73,12 @@ def up(
     otlp: Annotated[str | None, typer.Option(help="OTLP gRPC endpoint for traces.")] = None,
     kv_cache_gib: Annotated[float | None, typer.Option(min=0.01, help="KV cache of each engine, GiB.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt + answer, tokens.")] = None,
+    expert_ranks: Annotated[
+        int, typer.Option(min=0, help="Spread each engine's experts over so many ranks; placement evens their load.")
+    ] = 0,
+    spare_experts: Annotated[
+        int, typer.Option(min=0, help="Slots per layer for second copies of busy experts, over all ranks.")
+    ] = 0,
     timeout_s: Annotated[float, typer.Option(min=1, help="How long to wait until all is healthy.")] = 600,
     ask: Annotated[bool, typer.Option(help="Ask a first question when healthy.")] = True,
     home: Home = None,
@@ -83,6 +95,7 @@ def up(
         name=stack_name, directory=files.directory(stack_name), model_dir=(model or root / DEFAULT_MODEL).resolve(),
         prefill=prefill, decode=decode, both=both, engine=engine, host=host, port=port, redis_url=redis,
         otlp_endpoint=otlp, kv_cache_gib=kv_cache_gib, max_model_len=max_model_len,
+        expert_ranks=expert_ranks, spare_experts=spare_experts,
     )  # fmt: skip
     bringup = Bringup(detach=detach, timeout_s=timeout_s, ask=ask)
     asyncio.run(bring_up(options, bringup, files, root, os.environ, Console()))
@@ -239,13 +252,20 @@ def _run() -> int:
     try:
         app()
     except CliError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(str(error))
         return error.exit_code
+    except OmniError as error:
+        _say(f"{error.message} ({error.field})" if error.field else error.message)
+        return EXIT_CODES.get(type(error), 1)
     except KeyboardInterrupt:
         return 130
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else int(left.code is not None)
     return 0
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

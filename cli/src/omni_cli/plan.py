@@ -51,10 +51,17 @@ class StackOptions:
     otlp_endpoint: str | None = None
     kv_cache_gib: float | None = None
     max_model_len: int | None = None
+    expert_ranks: int = 0
+    spare_experts: int = 0
 
     @property
     def engines(self) -> int:
         return self.prefill + self.decode + self.both
+
+    @property
+    def ranks(self) -> int:
+        """Worker processes of each engine."""
+        return max(1, self.expert_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +109,34 @@ def plan_stack(options: StackOptions, machine: Machine, ports: Iterator[int]) ->
     """
     _check(options)
     notes = [*_memory_notes(options, machine)]
-    ranges = split_cores(machine.cores, options.engines)
-    if options.engine == "vllm" and len(machine.cores) < options.engines:
-        notes.append(f"{options.engines} engines share {len(machine.cores)} core(s): each token takes longer")
+    needed = options.engines * options.ranks
+    ranges = split_cores(machine.cores, needed, in_step=options.ranks > 1)
+    if options.engine == "vllm" and len(machine.cores) < needed:
+        what = f"{options.engines} engines" if options.ranks == 1 else f"{needed} ranks of {options.engines} engines"
+        notes.append(f"{what} share {len(machine.cores)} core(s): each token takes longer")
     kvstore, placement = _kvstore(options, ports), _placement(options, ports)
     roles = ["prefill"] * options.prefill + ["decode"] * options.decode + ["both"] * options.both
     indexes = [*range(options.prefill), *range(options.decode), *range(options.both)]
+    by_engine = ["|".join(ranges[i : i + options.ranks]) for i in range(0, needed, options.ranks)]
+    stores = {"KVSTORE": kvstore.address} | ({"PLACEMENT": placement.address} if options.expert_ranks else {})
     engines = [
-        _engine(options, role, index, kvstore.address, cores, ports)
-        for role, index, cores in zip(roles, indexes, ranges, strict=True)
+        _engine(options, role, index, stores, cores, ports)
+        for role, index, cores in zip(roles, indexes, by_engine, strict=True)
     ]
     specs = (kvstore, placement, *engines, _proxy(options, kvstore.address))
     return StackPlan(options.name, specs, options.engines, tuple(notes))
 
 
-def split_cores(cores: Sequence[int], engines: int) -> list[str]:
-    """One range for each engine, disjoint while there are cores enough, else shared in turn.
+def split_cores(cores: Sequence[int], engines: int, in_step: bool = False) -> list[str]:
+    """One range for each engine, or rank, disjoint while there are cores enough, else shared in turn.
 
-    One core is left to the other services where every engine has at least two without it.
+    One core is left to the other services where every engine has at least two without it. Ranks work `in_step`: each
+    waits for the slowest at every layer, so what a service takes from one it takes from all, and one apiece is enough.
     """
     if not cores:
         raise InvalidOptions("this process may not run on any core")
     usable = list(cores)
-    if len(usable) > 2 * engines:
+    if len(usable) > (1 if in_step else 2) * engines:
         usable = usable[1:]
     if len(usable) < engines:
         return [str(usable[i % len(usable)]) for i in range(engines)]
@@ -146,13 +158,18 @@ def _check(options: StackOptions) -> None:
         raise InvalidOptions(f"--engine {options.engine!r}: choose one of {', '.join(ENGINE_PROCESS_BYTES)}")
     if min(options.prefill, options.decode, options.both) < 0 or options.decode + options.both < 1:
         raise InvalidOptions("at least one decode worker is needed (--decode 1 or --both 1); --prefill may be 0")
+    if options.expert_ranks < 0 or options.expert_ranks == 1:
+        raise InvalidOptions("--expert-ranks spreads the experts over 2 ranks or more; leave it out for none")
+    if options.spare_experts and not options.expert_ranks:
+        raise InvalidOptions("--spare-experts are slots on the ranks of --expert-ranks, which is missing")
     if not 1 <= options.port <= 65535:
         raise InvalidOptions(f"--port {options.port} is not between 1 and 65535")
 
 
 def _memory_notes(options: StackOptions, machine: Machine) -> list[str]:
     kv_gib = DEFAULT_KV_CACHE_GIB[options.engine] if options.kv_cache_gib is None else options.kv_cache_gib
-    each = ENGINE_PROCESS_BYTES[options.engine] + int(kv_gib * GIB)
+    ranks = options.ranks if options.engine == "vllm" else 1
+    each = ranks * (ENGINE_PROCESS_BYTES[options.engine] + int(kv_gib * GIB))
     needed = options.engines * each + OTHER_SERVICES_BYTES
     figures = (
         f"{options.engines} engine(s) of about {each / GIB:.1f} GiB and the other services need "
@@ -193,15 +210,15 @@ def _placement(options: StackOptions, ports: Iterator[int]) -> ProcessSpec:
 
 
 def _engine(
-    options: StackOptions, role: str, index: int, kvstore: str, cores: str, ports: Iterator[int]
+    options: StackOptions, role: str, index: int, stores: Mapping[str, str], cores: str, ports: Iterator[int]
 ) -> ProcessSpec:
-    """A worker of both legs is a decode service with that role."""
+    """A worker of both legs is a decode service with that role. `stores` are the services it finds, by setting."""
     port, metrics = next(ports), next(ports)
     service = "decode" if role == "both" else role
     values = {
         "WORKER_ID": f"{options.name}-{role}-{index}",
         "PORT": str(port),
-        "KVSTORE": kvstore,
+        **stores,
         "MODEL_DIR": str(options.model_dir),
         "ENGINE": options.engine,
     }
@@ -213,9 +230,23 @@ def _engine(
             values["VLLM__KV_CACHE_GIB"] = str(options.kv_cache_gib)
         if options.max_model_len is not None:
             values["VLLM__MAX_MODEL_LEN"] = str(options.max_model_len)
+    values |= _expert_parallel(options)
     environment = _shared(options, service, metrics) | {f"OMNI_{service.upper()}_{k}": v for k, v in values.items()}
     pinned = cores if options.engine == "vllm" else None
     return ProcessSpec(f"{role}-{index}", service, environment, "127.0.0.1", port, metrics_port=metrics, cores=pinned)
+
+
+def _expert_parallel(options: StackOptions) -> dict[str, str]:
+    ranks, spare = str(options.expert_ranks), str(options.spare_experts)
+    if not options.expert_ranks:
+        return {}
+    if options.engine == "sim":
+        return {"SIM__EXPERTS__NUM_RANKS": ranks, "SIM__EXPERTS__SPARE_SLOTS": spare}
+    return {
+        "VLLM__EXPERT_PARALLEL": "true",
+        "VLLM__TENSOR_PARALLEL_SIZE": ranks,
+        "VLLM__REDUNDANT_EXPERTS": spare,
+    }
 
 
 def _proxy(options: StackOptions, kvstore: str) -> ProcessSpec:

@@ -2,7 +2,7 @@
 
 import asyncio
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,6 +43,10 @@ class EngineProcess:
         """All outputs of sequences that run side by side."""
         outputs: list[list[SequenceOutput]] = self.call("generate_all", jobs)
         return outputs
+
+    def run(self, scenario: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
+        """What `scenario(engine, *args)` returns, run beside the engine; it must be importable by name."""
+        return self.call("run", scenario, *args)
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children(recursive=True)
@@ -117,6 +121,10 @@ async def _call(engine: VllmEngine, batches: list[Any], name: str, args: tuple[A
             return await engine.abort([args[0].request_id])
         case "stats" | "info":
             return engine.stats() if name == "stats" else engine.info
+        case "expert_layout":
+            return engine.expert_layout()
+        case "run":
+            return await args[0](engine, *args[1:])
         case "events":
             return batches[args[0] :] if args else list(batches)
     return await getattr(engine, name)(*args)

@@ -29,6 +29,7 @@ class Step:
     timestamp: float
     outputs: list[Output] = field(default_factory=list)
     scheduler_stats: Any = None
+    engine_index: int = 0
 
 
 def sequence(name: str, tokens: int, believed: int | None = None) -> RunningSequence:

@@ -1,4 +1,4 @@
-"""Layouts, solvers and load windows as values."""
+"""Topologies and layouts as values, and what the simplest solvers place."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_common.errors import InvalidRequest, ResourceExhausted
+from omni_common.errors import InvalidRequest
 from omni_placement.layout import EMPTY, Layout, Topology, from_indicator
+from omni_placement.problem import Problem
 from omni_placement.solvers import SOLVERS
-from omni_placement.windows import LoadBook, Window
 
 
 @st.composite
@@ -61,30 +61,50 @@ def test_load_is_conserved_and_balancedness_bounded(layout: Layout, seed: int) -
     assert ((balancedness > 0) & (balancedness <= 1)).all()
 
 
-@settings(max_examples=50, deadline=None)
-@given(topology=topologies(), name=st.sampled_from(sorted(SOLVERS)))
-def test_every_solver_answers_a_valid_layout(topology: Topology, name: str) -> None:
-    load = np.ones((topology.num_layers, topology.num_experts), dtype=np.int64)
-    layout = SOLVERS[name](topology, load, None)
-    assert layout.topology == topology
-    assert (layout.replicas >= 1).all()
-    assert not layout.physical.flags.writeable
-
-
 @pytest.mark.parametrize(
     ("solver", "topology", "ranks"),
     [
-        pytest.param("identity", (1, 4, 2, 2), [[0, 1], [2, 3]], id="identity"),
-        pytest.param("identity", (1, 5, 2, 4), [[0, 1, 2, -1], [3, 4, -1, -1]], id="identity, uneven with spare"),
-        pytest.param("round_robin", (1, 4, 2, 2), [[0, 2], [1, 3]], id="round robin"),
-        pytest.param("round_robin", (1, 3, 2, 2), [[0, 2], [1, 0]], id="round robin, one copy"),
-        pytest.param("round_robin", (1, 2, 2, 3), [[0, 1, -1], [1, 0, -1]], id="round robin, more slots than experts"),
+        pytest.param("identity", Topology(1, 4, 2, 2), [[0, 1], [2, 3]], id="identity"),
+        pytest.param("identity", Topology(1, 5, 2, 4), [[0, 1, 2, -1], [3, 4, -1, -1]], id="identity, with spare"),
+        pytest.param(
+            "identity",
+            Topology(1, 4, 3, 3, rank_slots=(1, 3, 3), shared_ranks=(2,)),
+            [[0, -1, -1], [1, 2, 3], [-1, -1, -1]],
+            id="identity, uneven ranks and one of the shared expert",
+        ),
+        pytest.param("round_robin", Topology(1, 4, 2, 2), [[0, 2], [1, 3]], id="round robin"),
+        pytest.param("round_robin", Topology(1, 3, 2, 2), [[0, 2], [1, 0]], id="round robin, one copy"),
+        pytest.param("round_robin", Topology(1, 2, 2, 3), [[0, 1, -1], [1, 0, -1]], id="round robin, slots to spare"),
     ],
 )
-def test_solver_places(solver: str, topology: tuple[int, int, int, int], ranks: list[list[int]]) -> None:
-    shape = Topology(*topology)
-    load = np.ones((shape.num_layers, shape.num_experts), dtype=np.int64)
-    assert SOLVERS[solver](shape, load, None).physical[0].tolist() == ranks
+def test_simple_solver_places(solver: str, topology: Topology, ranks: list[list[int]]) -> None:
+    load = np.ones((topology.num_layers, topology.num_experts))
+    assert SOLVERS[solver](Problem(topology, load)).physical[0].tolist() == ranks
+
+
+def test_simple_solvers_keep_to_budget_and_ranks_and_refuse_what_they_do_not_know() -> None:
+    topology, load = Topology(2, 3, 3, 2), np.ones((2, 3))
+    for name, copies in {"identity": 3, "round_robin": 4}.items():
+        layout = SOLVERS[name](Problem(topology, load, budget=3, excluded_ranks=frozenset({1})))
+        assert (layout.physical[:, 1] == EMPTY).all()
+        assert layout.replicas.sum(axis=1).tolist() == [copies, copies]
+        with pytest.raises(InvalidRequest) as refused:
+            SOLVERS[name](Problem(topology, load, pinned=((0, 0, 0),)))
+        assert (refused.value.field, refused.value.reason) == ("pinned", "unsupported")
+
+
+def test_step_waits_for_the_slowest_rank_of_each_layer() -> None:
+    layout = Layout(Topology(2, 2, 2, 2), np.array([[[0, -1], [1, -1]], [[0, 1], [1, -1]]], dtype=np.int32))
+    assert layout.step_load(np.array([[3, 1], [3, 2]])) == 3 + 4
+
+
+def test_balancedness_counts_only_ranks_that_can_hold_experts() -> None:
+    topology = Topology(1, 2, 4, 2, rank_slots=(2, 2, 2, 0), shared_ranks=(1,))
+    layout = Layout(topology, np.array([[[0, -1], [-1, -1], [1, -1], [-1, -1]]], dtype=np.int32))
+    load = np.array([[3, 1]])
+    assert layout.balancedness(load).tolist() == [2 / 3]
+    alone = Layout(topology, np.array([[[0, 1], [-1, -1], [-1, -1], [-1, -1]]], dtype=np.int32))
+    assert alone.balancedness(load, frozenset({2})).tolist() == [1.0]
 
 
 def test_balancedness_is_mean_over_slowest() -> None:
@@ -122,34 +142,31 @@ def test_other_arrays_are_no_layouts(indicator: Any, slots: int | None) -> None:
         from_indicator(np.array(indicator, dtype=np.int32), slots)
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 1, 1), (1, 9, 4, 2), (5000, 5000, 5000, 5000)])
-def test_infeasible_topology_is_named(shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        pytest.param({"num_layers": 0}, "num_layers", id="no layer"),
+        pytest.param({"slots_per_rank": 2}, "slots_per_rank", id="too few slots"),
+        pytest.param({"shared_ranks": (0, 1)}, "slots_per_rank", id="too few ranks for routed experts"),
+        pytest.param({"rank_slots": (1, 1, 1, 1)}, "slots_per_rank", id="too little memory"),
+        pytest.param({"rank_slots": (3, 3)}, "rank_slots", id="memory of some ranks"),
+        pytest.param({"rank_slots": (4, 3, 3, 3)}, "rank_slots", id="more memory than slots"),
+        pytest.param({"shared_ranks": (4,)}, "shared_ranks", id="unknown rank"),
+        pytest.param({"num_groups": 2}, "num_groups", id="uneven groups"),
+        pytest.param({"ranks_per_host": -1}, "ranks_per_host", id="negative"),
+        pytest.param({"num_layers": 5000, "num_ranks": 5000}, "", id="beyond the bound on slots"),
+    ],
+)
+def test_infeasible_topology_is_named(parts: dict[str, Any], field: str) -> None:
+    shape = {"num_layers": 1, "num_experts": 9, "num_ranks": 4, "slots_per_rank": 3}
     with pytest.raises(InvalidRequest) as refused:
-        Topology(*shape)
+        Topology(**{**shape, **parts})
     assert refused.value.reason == "infeasible_topology"
-    assert refused.value.field and refused.value.field.startswith("topology")
+    assert refused.value.field == (f"topology.{field}" if field else "topology")
 
 
-@settings(deadline=None)
-@given(counts=st.lists(st.integers(0, 100), min_size=1, max_size=30), bound=st.integers(1, 5))
-def test_window_slides(counts: list[int], bound: int) -> None:
-    book = LoadBook(windows=bound, models=1)
-    for step, count in enumerate(counts):
-        window = Window("w", step, step, np.array([[count, 1]]))
-        assert book.add("m", window)
-        assert not book.add("m", window)
-    total = book.total("m")
-    assert total is not None and total.tolist() == [[sum(counts[-bound:]), min(bound, len(counts))]]
-
-
-def test_windows_of_a_new_shape_start_afresh_and_models_are_bounded() -> None:
-    book = LoadBook(windows=4, models=1)
-    book.add("m", Window("w", 1, 2, np.array([[1, 2]])))
-    book.add("m", Window("w", 3, 4, np.array([[5]])))
-    total = book.total("m")
-    assert total is not None and total.tolist() == [[5]]
-    assert book.total("other") is None
-    with pytest.raises(ResourceExhausted):
-        book.add("other", Window("w", 1, 2, np.array([[1]])))
-    with pytest.raises(InvalidRequest):
-        Window("w", 2, 1, np.array([[1]]))
+def test_hosts_and_capacity_follow_from_the_topology() -> None:
+    topology = Topology(1, 4, 4, 3, ranks_per_host=2, rank_slots=(3, 2, 1, 3), shared_ranks=(3,))
+    assert topology.hosts.tolist() == [0, 0, 1, 1]
+    assert topology.capacity.tolist() == [3, 2, 1, 0]
+    assert Topology(1, 4, 4, 1).hosts.tolist() == [0, 0, 0, 0]

@@ -4,38 +4,24 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
 from omni.placement.v1 import placement_service_pb2 as pb
-from omni.placement.v1.placement_service_pb2_grpc import PlacementServiceStub
 from omni_common.errors import Internal, InvalidRequest
-from omni_common.rpc import channel
-from omni_common.rpc_errors import from_rpc_error
 from omni_placement.app import running
+from omni_placement.load.book import GroupName
 from omni_placement.settings import Settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from placement_client import DEADLINE_S, refused, service
 
 TOPOLOGY = pb.Topology(num_layers=1, num_experts=4, num_ranks=2, slots_per_rank=2)
 CONFIGURED = {"num_layers": 1, "num_experts": 4, "num_ranks": 2, "slots_per_rank": 2}
-DEADLINE_S = 15.0
-
-
-@asynccontextmanager
-async def service(**values: Any) -> AsyncIterator[Any]:
-    settings = Settings.model_validate({"port": 0, **values})
-    async with (
-        running(settings, CollectorRegistry()) as placement,
-        channel(f"127.0.0.1:{placement.port}") as connected,
-    ):
-        async with asyncio.timeout(DEADLINE_S):
-            await connected.channel_ready()
-        yield PlacementServiceStub(connected)  # type: ignore[no-untyped-call]
 
 
 def load(*tokens: int) -> pb.ExpertLoad:
@@ -47,19 +33,15 @@ async def plan(stub: Any, **fields: Any) -> pb.PlanResponse:
     return answer
 
 
-async def refused(call: Any) -> Any:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await call
-    return from_rpc_error(error.value)
-
-
 async def test_plan_publish_get() -> None:
     async with service() as stub:
         missing = await refused(stub.GetLayout(pb.GetLayoutRequest(model="m"), timeout=DEADLINE_S))
         assert missing.code == "NOT_FOUND"
-        draft = await plan(stub, topology=TOPOLOGY, load=load(9, 3, 0, 0))
+        draft = await plan(stub, topology=TOPOLOGY, load=load(9, 3, 0, 0), solver="identity")
         assert (draft.layout.layout_version, list(draft.balancedness)) == (0, [0.5])
-        first = await plan(stub, topology=TOPOLOGY, publish=True)
+        assert (draft.predicted_step_load, draft.current_step_load, draft.HasField("decision")) == (12, 0, False)
+        assert len(draft.lower_bound) == 1 and 0 < draft.lower_bound[0] <= 12
+        first = await plan(stub, topology=TOPOLOGY, solver="identity", publish=True)
         assert (first.layout.layout_version, first.layout.solver) == (1, "identity")
         second = await plan(stub, solver="round_robin", publish=True)
         got = await stub.GetLayout(pb.GetLayoutRequest(model="m"), timeout=DEADLINE_S)
@@ -76,8 +58,11 @@ async def test_reported_load_is_planned_with_over_a_sliding_window() -> None:
         ]
         answer = await stub.ReportLoad(iter(reports), timeout=DEADLINE_S)
         assert answer.accepted_windows == 3
-        planned = await plan(stub, topology=TOPOLOGY)
+        planned = await plan(stub, topology=TOPOLOGY, solver="identity")
         assert list(planned.balancedness) == [3 / 4]
+        known = await stub.GetLoad(pb.GetLoadRequest(model="m"), timeout=DEADLINE_S)
+        (stream,) = known.loads
+        assert (list(stream.load.tokens), stream.windows, stream.phase) == ([3, 1, 1, 1], 2, pb.PHASE_UNSPECIFIED)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +122,12 @@ async def test_watch_sends_the_layout_in_force_and_later_ones() -> None:
 async def test_slow_watch_skips_to_the_newest_and_ends_on_drain() -> None:
     settings = Settings.model_validate({"port": 0, "watch_queue": 2, "models": {"m": CONFIGURED}})
     async with running(settings, CollectorRegistry()) as placement:
-        watch = placement.layouts.watch("m", 0)
+        watch = placement.parts.layouts.watch("m", "", 0)
         assert (await anext(watch)).version == 1
-        layout = placement.layouts.get("m").layout
+        name = GroupName("m", "")
+        layout = placement.parts.layouts.get(name).layout
         for _ in range(9):
-            await placement.layouts.publish("m", layout, "identity")
+            await placement.parts.layouts.publish(name, layout, "identity", "requested")
         seen = [(await anext(watch)).version]
         while seen[-1] != 10:
             seen.append((await anext(watch)).version)
@@ -157,7 +143,7 @@ async def test_concurrent_publications_get_their_own_versions(tmp_path: Path) ->
 
 
 async def test_number_of_models_is_bounded() -> None:
-    async with service(models={"m": CONFIGURED}, max_models=1) as stub:
+    async with service(models={"m": CONFIGURED}, max_groups=1) as stub:
         error = await refused(plan(stub, model="n", topology=TOPOLOGY, publish=True))
         assert error.code == "RESOURCE_EXHAUSTED"
 

@@ -5,6 +5,8 @@ so a service that crashes would leave them behind with the model's memory and th
 
 The KV connector's progress thread sleeps between polls: NIXL's Python agent fixes the pause at 0, and a spinning
 thread takes the core from the engine it serves.
+
+With expert parallelism, what `vllm_expert_shims` changes is changed here, before the worker makes its model.
 """
 
 import importlib
@@ -14,6 +16,7 @@ import threading
 from typing import Any
 
 PROGRESS_VARIABLE = "OMNI_ENGINE_KV_PROGRESS_US"
+EXPERTS_VARIABLE = "OMNI_ENGINE_EXPERTS"
 _THREAD = "omni-parent-watch"
 
 
@@ -25,6 +28,8 @@ def register() -> None:
     _end_with(parent)
     if (interval := os.environ.get(PROGRESS_VARIABLE, "0")) != "0":
         _pause_progress(int(interval))
+    if os.environ.get(EXPERTS_VARIABLE):
+        importlib.import_module("omni_engine.vllm_expert_shims").install()
 
 
 def _end_with(parent: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from omni_common.errors import Unavailable
+
 
 class FinishReason(StrEnum):
     STOP = "stop"
@@ -168,6 +170,9 @@ class EngineInfo:
 
     A prefix block is held when all `num_block_groups` groups of layers hold it. `fixed_role` says what the engine was
     started for where it cannot do anything else, and how to start it so that it can; empty: it takes any role.
+    Experts are spread over `num_ep_ranks` ranks, each with `expert_slots_per_rank` places per layer; 0 and 0 without
+    expert parallelism. `ranks_per_host` consecutive ranks share a host (0: all do); one expert of one layer has weights
+    of `expert_bytes` (0: unknown).
     """
 
     model: str
@@ -184,6 +189,10 @@ class EngineInfo:
     num_experts: int = 0
     num_block_groups: int = 1
     fixed_role: str = ""
+    num_ep_ranks: int = 0
+    expert_slots_per_rank: int = 0
+    ranks_per_host: int = 0
+    expert_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +268,49 @@ class EventBatch:
     is_replayed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertLoad:
-    """Tokens routed to each logical expert since the last read: int64 (layers, experts)."""
+    """What the router did since the last read.
+
+    `tokens`: int64 (layers, experts), tokens routed to each logical expert. `rank_tokens`: int64 (layers, ranks), what
+    each rank had to compute of them since the layout in force, `layout_version`, came into force; None where it is not
+    measured. `routed_tokens` tokens went through the model, in `steps` steps that took `duration_ms` together.
+    """
 
     tokens: npt.NDArray[np.int64]
+    rank_tokens: npt.NDArray[np.int64] | None = None
+    layout_version: int = 0
+    steps: int = 0
+    duration_ms: float = 0.0
+    routed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertLayout:
+    """Which logical expert lies in each physical slot: int32 (layers, ranks, slots), -1 for an empty one."""
+
+    version: int
+    physical: npt.NDArray[np.int32]
+
+
+class RanksFailed(Unavailable):
+    """Expert-parallel ranks did not do their part of a round."""
+
+    def __init__(self, message: str, ranks: Sequence[int]) -> None:
+        super().__init__(message, reason="rank_failed")
+        self.ranks = tuple(ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMove:
+    """The weights of one expert of one layer, copied from one physical slot to another."""
+
+    layer: int
+    expert: int
+    source_rank: int
+    source_slot: int
+    target_rank: int
+    target_slot: int
 
 
 class Engine(Protocol):
@@ -298,8 +345,25 @@ class Engine(Protocol):
     def events(self) -> AsyncIterator[EventBatch]:
         """Block events from now on; one consumer."""
 
-    def expert_load(self) -> ExpertLoad | None:
+    async def expert_load(self) -> ExpertLoad | None:
         """Router counts since the last call; None where the engine does not report them."""
+
+    def expert_layout(self) -> ExpertLayout | None:
+        """What the ranks hold and route by; None without expert parallelism or where experts cannot be moved."""
+
+    async def move_experts(self, moves: Sequence[ExpertMove], layout: ExpertLayout) -> None:
+        """One round: copy the weights, then route by `layout`, on all ranks at the same step boundary.
+
+        Every source is read before any target is written. Slots that are not a target keep what they hold or become
+        empty. Raises `InvalidRequest` for a round that does not lead from what is held to `layout`, `RanksFailed` or
+        another `Unavailable` when it could not be done; then the former layout stays in force.
+        """
+
+    async def drop_ranks(self, ranks: Sequence[int]) -> None:
+        """Route to no replica on these ranks, from the next step on; none named: all ranks are used again.
+
+        Raises `InvalidRequest` naming experts that live on no other rank; then nothing changes.
+        """
 
     async def wait_dead(self) -> str:
         """Returns why, once the engine has died on its own."""

@@ -7,6 +7,7 @@ request object, a queue and a task wake-up per token and request cost more than 
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -23,16 +24,20 @@ from omni_engine.ports import (
     EngineInfo,
     EngineStats,
     EventBatch,
+    ExpertLayout,
     ExpertLoad,
+    ExpertMove,
     KvHandle,
     PrefillJob,
     PrefillResult,
     SamplingParams,
     StepSink,
 )
-from omni_engine.vllm_args import LaunchPlan, Role, cores_by_rank, plan_launch
+from omni_engine.vllm_args import Role, cores_by_rank, plan_launch
 from omni_engine.vllm_event_stream import EventStream
 from omni_engine.vllm_events import EventReader, KvGroups
+from omni_engine.vllm_experts import AGREE_EVERY_STEPS, NUDGE, Experts
+from omni_engine.vllm_launch import build, describe
 from omni_engine.vllm_leases import Leases
 from omni_engine.vllm_outputs import (
     PendingPrefill,
@@ -74,6 +79,7 @@ class VllmEngine:
         self._events: EventStream | None = None
         self._event_reader: EventReader | None = None
         self._leases: Leases | None = None
+        self._experts: Experts | None = None
         self._reader: asyncio.Task[None] | None = None
 
     @property
@@ -89,14 +95,14 @@ class VllmEngine:
             self._events = EventStream(self._plan.events_endpoint, self._plan.replay_endpoint)
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
-                self._llm = await asyncio.to_thread(_build, self._plan)
+                self._llm = await asyncio.to_thread(build, self._plan, self._settings)
         except TimeoutError:
             raise Internal(f"vLLM did not start within {self._settings.start_timeout_s:.0f} s") from None
         except Exception as error:
             raise Internal(f"vLLM did not start: {type(error).__name__}: {error}") from error
         groups = await self._kv_groups()
         self._event_reader = EventReader(groups)
-        self._info = _describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups)
+        self._info = describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups)
         self._leases = Leases(self._llm.engine_core, enabled=bool(self._settings.kv_connector))
         self._reader = asyncio.create_task(self._read_outputs(), name="vllm-outputs")
         if self._settings.cores and self._settings.platform == "cpu":
@@ -104,6 +110,8 @@ class VllmEngine:
                 "omni_pin", _RPC_TIMEOUT_S, (cores_by_rank(self._settings.cores),)
             )
         await self._warm_up()
+        if self._settings.expert_parallel:
+            self._experts = await self._take_experts()
 
     async def prefill(self, job: PrefillJob) -> PrefillResult:
         leases = self._require_leases()
@@ -170,8 +178,21 @@ class VllmEngine:
         async for raw in self._events:
             yield self._event_reader.read(raw.sequence, raw.payload, raw.is_replayed)
 
-    def expert_load(self) -> ExpertLoad | None:
-        return None
+    async def expert_load(self) -> ExpertLoad | None:
+        return await self._experts.take_load() if self._experts is not None else None
+
+    def expert_layout(self) -> ExpertLayout | None:
+        return self._experts.layout if self._experts is not None else None
+
+    async def move_experts(self, moves: Sequence[ExpertMove], layout: ExpertLayout) -> None:
+        await self._require_experts().move(moves, layout)
+
+    async def drop_ranks(self, ranks: Sequence[int]) -> None:
+        await self._require_experts().drop(ranks)
+
+    async def expert_digests(self) -> list[list[list[str]]]:
+        """SHA-256 of the weights in every slot: ranks, layers, slots."""
+        return await self._require_experts().digests()
 
     async def wait_dead(self) -> str:
         return await asyncio.shield(self._dead)
@@ -279,6 +300,35 @@ class VllmEngine:
             raise FailedPrecondition("the engine has not started", reason="not_started")
         return self._leases
 
+    def _require_experts(self) -> Experts:
+        if self._experts is None:
+            raise FailedPrecondition("the engine runs without expert parallelism", reason="no_expert_parallelism")
+        return self._experts
+
+    async def _take_experts(self) -> Experts:
+        experts = Experts(
+            self._llm.engine_core,
+            self.info.num_experts,
+            data_parallel=self._settings.data_parallel_size > 1,
+            nudge=self._nudge,
+            dead=self._dead,
+        )
+        await experts.read_layout()
+        await experts.take_load()
+        self._info = dataclasses.replace(
+            self.info,
+            num_moe_layers=len(experts.layout.physical),
+            ranks_per_host=experts.ranks_per_host,
+            expert_bytes=experts.expert_bytes,
+        )
+        return experts
+
+    async def _nudge(self) -> None:
+        """Make an idle engine take a few steps; a busy one takes them anyway."""
+        if not self._tracker.has_work:
+            params = SamplingParams(max_tokens=AGREE_EVERY_STEPS + 1, temperature=0.0, ignore_eos=True)
+            await self.submit(DecodeJob(NUDGE, [3], params), lambda outputs: None)
+
     async def _warm_up(self) -> None:
         """One local prefill and a few steps.
 
@@ -301,43 +351,6 @@ class VllmEngine:
             if self._dead.done():
                 raise Internal(self._dead.result())
             await self._llm.engine_core.reset_prefix_cache_async()
-
-
-def _build(plan: LaunchPlan) -> Any:
-    """Runs in a thread without an event loop, so that AsyncLLM starts no output reader of its own."""
-    from vllm.config import KVEventsConfig, KVTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = dict(plan.arguments)
-    for name, kind in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig)):
-        if name in arguments:
-            arguments[name] = kind(**arguments[name])
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-
-
-def _describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, groups: KvGroups) -> EngineInfo:
-    import vllm
-
-    shape = config.model_config.hf_text_config
-    experts = next((getattr(shape, n) for n in ("num_experts", "n_routed_experts") if getattr(shape, n, None)), 0)
-    dense = getattr(shape, "first_k_dense_replace", 0)
-    return EngineInfo(
-        model=model,
-        engine="vllm",
-        engine_version=vllm.__version__,
-        engine_id=plan.engine_id,
-        kv_connector=settings.kv_connector,
-        block_size=groups.block_size or config.cache_config.block_size,
-        num_blocks=config.cache_config.num_gpu_blocks or 0,
-        max_model_len=config.model_config.max_model_len,
-        max_num_seqs=config.scheduler_config.max_num_seqs,
-        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
-        num_moe_layers=shape.num_hidden_layers - dense if experts else 0,
-        num_experts=experts,
-        num_block_groups=max(1, len(groups)),
-        fixed_role=plan.fixed_role,
-    )
 
 
 def _handle(output: Any, job: PrefillJob, info: EngineInfo, lease_s: float) -> KvHandle | None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omni_common.errors import InvalidRequest
-from omni_engine.plugin import PROGRESS_VARIABLE
+from omni_engine.plugin import EXPERTS_VARIABLE, PROGRESS_VARIABLE
 from omni_engine.vllm_settings import VllmSettings
 
 Role = Literal["prefill", "decode", "both"]
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 _GIB = 1 << 30
+# What models call the number of routed experts of a layer.
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,13 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
     """Arguments and environment of an engine.
 
     Raises:
-        InvalidRequest: the model directory has no config.json, or its architecture cannot use the cache dtype.
+        InvalidRequest: the model directory has no config.json, its architecture cannot use the cache dtype, or its
+            experts cannot be spread as asked.
     """
     config = _model_config(model_dir)
     _check_cache_dtype(settings, config)
+    _check_experts(settings, config)
+    _check_cores(settings)
     engine_id = uuid.uuid4().hex
     events_dir = Path(tempfile.gettempdir()) / f"omni-kv-{engine_id}" if settings.kv_events else None
     arguments: dict[str, Any] = {
@@ -59,6 +64,8 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "tensor_parallel_size": settings.tensor_parallel_size,
+        "data_parallel_size": settings.data_parallel_size,
+        "enable_expert_parallel": settings.expert_parallel,
         "enable_prefix_caching": settings.enable_prefix_caching,
         "enforce_eager": _eager(settings),
         "worker_extension_cls": "omni_engine.vllm_worker.WorkerExtension",
@@ -134,6 +141,8 @@ def _environment(settings: VllmSettings) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if settings.expert_parallel:
+        environment[EXPERTS_VARIABLE] = "1"
     if settings.cores and settings.platform == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = settings.cores
     if "VLLM_LOGGING_LEVEL" not in os.environ:
@@ -144,6 +153,8 @@ def _environment(settings: VllmSettings) -> dict[str, str]:
 def _eager(settings: VllmSettings) -> bool:
     if settings.enforce_eager is not None:
         return settings.enforce_eager
+    if settings.expert_parallel and settings.platform == "cpu":
+        return True
     return settings.platform == "cpu" and not any(map(shutil.which, ("g++", "clang++")))
 
 
@@ -161,6 +172,47 @@ def _check_cache_dtype(settings: VllmSettings, config: dict[str, Any]) -> None:
         raise InvalidRequest(
             "kv_cache_dtype fp8 cannot run with multi-head latent attention on CPU; use auto",
             field="vllm.kv_cache_dtype",
+        )
+
+
+def _num_experts_of(config: dict[str, Any]) -> int:
+    """Routed experts per layer in a model's config.json; 0 for a dense model."""
+    shape = config.get("text_config", config)
+    return next((int(shape[name]) for name in EXPERT_COUNTS if shape.get(name)), 0)
+
+
+def _check_experts(settings: VllmSettings, config: dict[str, Any]) -> None:
+    if not settings.expert_parallel:
+        return
+    experts, ranks = _num_experts_of(config), settings.num_ranks
+    slots = experts + settings.redundant_experts
+    if not experts:
+        raise InvalidRequest("expert_parallel: the model has no experts", field="vllm.expert_parallel")
+    if slots % ranks:
+        raise InvalidRequest(
+            f"{experts} experts and {settings.redundant_experts} spare slots do not spread evenly over {ranks} ranks",
+            field="vllm.redundant_experts",
+        )
+    if slots // ranks > experts:
+        raise InvalidRequest(
+            f"{slots // ranks} slots per rank, but only {experts} experts: no rank holds an expert twice",
+            field="vllm.redundant_experts",
+        )
+    if settings.platform == "cpu" and config.get("quantization_config"):
+        raise InvalidRequest(
+            "expert_parallel on CPU: the quantized expert kernels compute all experts on every rank",
+            field="vllm.expert_parallel",
+        )
+
+
+def _check_cores(settings: VllmSettings) -> None:
+    if not settings.cores or settings.platform != "cpu":
+        return
+    given = len(cores_by_rank(settings.cores))
+    if given != settings.num_ranks:
+        raise InvalidRequest(
+            f"vllm.cores names the cores of {given} ranks, '|' between them; there are {settings.num_ranks}",
+            field="vllm.cores",
         )
 
 

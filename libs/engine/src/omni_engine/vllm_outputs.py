@@ -65,7 +65,8 @@ class Tracker:
     context_tokens: int = 0
     steps: int = 0
     busy_s: float = 0.0
-    _last_step_s: float = 0.0
+    _cores: dict[int, tuple[int, int, float]] = field(default_factory=dict)
+    _last_step_s: dict[int, float] = field(default_factory=dict)
     _is_busy: bool = False
 
     def add(self, work: PendingPrefill | RunningSequence) -> None:
@@ -82,7 +83,7 @@ class Tracker:
             self.context_tokens -= work.num_tokens + work.generated
         elif work is not None:
             self.queued_tokens -= work.believed_tokens
-        self._is_busy &= self._has_work
+        self._is_busy &= self.has_work
         return work
 
     def core_ids(self, request_ids: Sequence[str]) -> list[str]:
@@ -103,7 +104,7 @@ class Tracker:
                 self._finish_prefill(output, outputs.timestamp)
             else:
                 unclaimed.append(output)
-        self._is_busy = self._has_work
+        self._is_busy = self.has_work
         for sink, batch in by_sink.items():
             sink(batch)
         return unclaimed
@@ -140,23 +141,26 @@ class Tracker:
         )
 
     def _count(self, outputs: Any) -> None:
+        """Data-parallel engine cores report one by one; their counts add up, their caches are of one size."""
         if (stats := outputs.scheduler_stats) is not None:
-            self.running = stats.num_running_reqs
-            self.waiting = stats.num_waiting_reqs + getattr(stats, "num_skipped_waiting_reqs", 0)
-            self.kv_usage = stats.kv_cache_usage
-        self._time_step(outputs.timestamp, is_generating=bool(outputs.outputs))
+            waiting = stats.num_waiting_reqs + getattr(stats, "num_skipped_waiting_reqs", 0)
+            self._cores[outputs.engine_index] = (stats.num_running_reqs, waiting, stats.kv_cache_usage)
+            running, queues, usages = zip(*self._cores.values(), strict=True)
+            self.running, self.waiting = sum(running), sum(queues)
+            self.kv_usage = sum(usages) / len(usages)
+        self._time_step(outputs.engine_index, outputs.timestamp, is_generating=bool(outputs.outputs))
 
-    def _time_step(self, timestamp_s: float, *, is_generating: bool) -> None:
+    def _time_step(self, core: int, timestamp_s: float, *, is_generating: bool) -> None:
         """vLLM reports every step at its end; one that followed another without a pause began when that ended."""
-        step_s = timestamp_s - self._last_step_s
+        step_s = timestamp_s - self._last_step_s.get(core, 0.0)
         if is_generating and self._is_busy and 0 < step_s < _IDLE_GAP_S:
             self.step_ms += _STEP_SMOOTHING * (step_s * 1e3 - self.step_ms)
             self.steps += 1
             self.busy_s += step_s
-        self._last_step_s = timestamp_s
+        self._last_step_s[core] = timestamp_s
 
     @property
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
         return bool(self.prefills or self.sequences)
 
     def _finish_prefill(self, output: Any, timestamp_s: float) -> None:

@@ -22,6 +22,11 @@ class VllmSettings(BaseModel):
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
+    data_parallel_size: int = Field(1, ge=1, description="Engine cores that share the experts, each with own sequences")
+    expert_parallel: bool = Field(False, description="Spread whole experts over all ranks; their layout can be changed")
+    redundant_experts: int = Field(
+        0, ge=0, description="Spare expert slots per layer over all ranks, for second copies of busy experts"
+    )
     cores: str | None = Field(None, description="CPU cores of the engine's workers, e.g. '0-3' or '0-1|2-3' for two")
     enforce_eager: bool | None = Field(
         None, description="No torch.compile; default: only where no C++ compiler is found"
@@ -50,4 +55,27 @@ class VllmSettings(BaseModel):
             raise ValueError(
                 f"kv_cache_dtype {self.kv_cache_dtype!r} gives wrong tokens on CPU without an error; use auto or fp8"
             )
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @model_validator(mode="after")
+    def _refuse_parallel_modes_that_cannot_be(self) -> Self:
+        if self.expert_parallel and self.num_ranks < 2:
+            raise ValueError("expert_parallel needs tensor_parallel_size or data_parallel_size of 2 or more")
+        if self.redundant_experts and not self.expert_parallel:
+            raise ValueError("redundant_experts are spare slots of expert_parallel, which is off")
+        if self.data_parallel_size > 1 and not self.expert_parallel:
+            raise ValueError("data_parallel_size without expert_parallel: start more workers instead")
+        if self.data_parallel_size > 1 and (self.kv_connector or self.kv_events):
+            raise ValueError(
+                "data_parallel_size: each core has a KV cache of its own, which block events and pulls cannot tell "
+                "apart; set kv_connector to '' and kv_events to false"
+            )
+        if self.expert_parallel and self.platform == "ascend":
+            raise ValueError("expert_parallel: layouts cannot be applied through vllm-ascend's own load balancer")
+        if self.expert_parallel and self.platform == "cpu" and self.enforce_eager is False:
+            raise ValueError("expert_parallel on CPU cannot be compiled: leave enforce_eager out")
         return self

@@ -3,23 +3,32 @@
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from omni_common import telemetry
-from omni_common.rpc import Server, run_until_signal
+from omni_common.rpc import Server, Servicer, run_until_signal
 from omni_placement import __version__
-from omni_placement.book import LayoutBook, LayoutFiles
-from omni_placement.layout import Topology
+from omni_placement.book import LayoutBook
+from omni_placement.files import LayoutFiles
+from omni_placement.load import LoadBook
+from omni_placement.load.book import GroupName
+from omni_placement.load.profiles import ProfileFiles
 from omni_placement.metrics import Metrics
+from omni_placement.periodic import every, stop
 from omni_placement.planning import Planner
+from omni_placement.rebalancing import Rebalancer
+from omni_placement.recovery import Recovery
+from omni_placement.reports import Reports
+from omni_placement.rollout import Rollout
 from omni_placement.rpc import PlacementServicer, servicer
 from omni_placement.settings import Settings
-from omni_placement.windows import LoadBook
 
 log = logging.getLogger(__name__)
 
@@ -29,40 +38,105 @@ class Placement:
     """A running service."""
 
     server: Server
-    layouts: LayoutBook
+    parts: "Parts"
     port: int
 
     async def drain(self) -> None:
         """End the watches and finish what is being published."""
-        self.layouts.close()
-        await self.layouts.settle()
+        self.parts.layouts.close()
+        self.parts.rollout.close()
+        await self.parts.recovery.settle()
+        await self.parts.rollout.settle()
 
 
-@asynccontextmanager
-async def running(settings: Settings, registry: CollectorRegistry) -> AsyncIterator[Placement]:
-    """The service on its port, with the layouts saved earlier and those of the configured models in force.
+class Parts:
+    """The parts of the service, as the settings want them. `clock` is Unix time.
 
     Raises:
         InvalidRequest: a configured topology cannot hold its experts.
-        Internal: a saved layout cannot be read.
+        Internal: a saved layout or load cannot be read.
     """
-    files = LayoutFiles(settings.state_dir) if settings.state_dir else None
-    metrics = Metrics(registry)
-    loads = LoadBook(settings.load_windows, settings.max_models)
-    layouts = LayoutBook(files.save if files else None, models=settings.max_models, watch_queue=settings.watch_queue)
-    layouts.restore(files.load() if files else [])
-    planner = Planner(layouts, loads, settings.default_solver)
-    for model, shape in settings.models.items():
-        published = await planner.ensure(model, Topology(**shape.model_dump()))
-        metrics.layout_version.labels(model).set(published.version)
-    server = Server([servicer(PlacementServicer(planner, layouts, loads, metrics))], settings.tls)
+
+    def __init__(self, settings: Settings, registry: CollectorRegistry, clock: Callable[[], float]) -> None:
+        files = LayoutFiles(settings.state_dir) if settings.state_dir else None
+        self.profiles = ProfileFiles(settings.state_dir / "load") if settings.state_dir else None
+        self.configured = {model: shape.topology for model, shape in settings.models.items()}
+        self.metrics = Metrics(registry)
+        self.layouts = LayoutBook(
+            files,
+            clock,
+            groups=settings.max_groups,
+            history=settings.history,
+            watch_queue=settings.watch_queue,
+        )
+        self.layouts.restore(files.load() if files else [])
+        self.reports = Reports(LoadBook(settings.load_rules), self.layouts, clock, settings.forecast.horizon_s)
+        self.reports.restore(self.profiles.load() if self.profiles else [])
+        self.rollout = Rollout(
+            self.layouts,
+            time.monotonic,
+            settings.round_timeout_s,
+            self.configured,
+            settings.forget_after_s,
+            self.reports.forget,
+        )
+        self.planner = Planner(self.layouts, self.rollout, self.reports, settings.plan_rules, clock)
+        self.recovery = Recovery(self.layouts, self.rollout, self.planner, self.metrics)
+        self.rebalancer = Rebalancer(
+            self.layouts, self.rollout, self.reports, self.planner, self.metrics, settings.forecast.max_age_s
+        )
+
+    def servicer(self) -> Servicer:
+        return servicer(
+            PlacementServicer(self.layouts, self.rollout, self.reports, self.planner, self.recovery, self.metrics)
+        )
+
+    async def keep_load(self) -> None:
+        """Save what is known of every group's load; what was saved of groups forgotten since is deleted."""
+        if self.profiles is not None:
+            for profile in self.reports.profiles():
+                await asyncio.to_thread(self.profiles.save, profile)
+            await asyncio.to_thread(self.profiles.keep, self.layouts.names())
+
+    async def follow_layouts(self) -> None:
+        """Show the layouts in force in the metrics, for ever."""
+        async for published in self.layouts.watch("", "", 0):
+            self.metrics.layout_version.labels(*published.name).set(published.version)
+            if (balancedness := self.reports.balancedness(published.name)) is not None:
+                self.metrics.balancedness.labels(*published.name).set(balancedness)
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings, registry: CollectorRegistry, clock: Callable[[], float] = time.time
+) -> AsyncIterator[Placement]:
+    """The service on its port, with what was saved earlier and the layouts of the configured models in force.
+
+    Raises as `Parts`.
+    """
+    parts = Parts(settings, registry, clock)
+    for model, topology in parts.configured.items():
+        await parts.planner.ensure(GroupName(model, ""), topology)
+    server = Server([parts.servicer()], settings.tls)
     port = await server.start(f"{settings.host}:{settings.port}")
-    placement = Placement(server, layouts, port)
+    placement = Placement(server, parts, port)
+    tasks = [asyncio.create_task(work) for work in _background(parts, settings)]
     try:
         yield placement
     finally:
+        await stop(tasks)
         await placement.drain()
         await server.stop(0.0)
+        await parts.keep_load()
+
+
+def _background(parts: Parts, settings: Settings) -> Iterator[Coroutine[Any, Any, None]]:
+    yield parts.follow_layouts()
+    yield parts.planner.warm_up()
+    yield every(settings.round_timeout_s / 4, parts.recovery.sweep)
+    yield every(settings.forecast.interval_s, parts.keep_load)
+    if settings.rebalance_interval_s:
+        yield every(settings.rebalance_interval_s, parts.rebalancer.look_at_all)
 
 
 async def serve(settings: Settings) -> None:

@@ -1,147 +1,251 @@
-"""Layouts in force: one per model, versions that only grow, on disk before anyone hears of them."""
+"""Layouts in force: one per group, versions that only grow, on disk before anyone hears of them."""
 
 import asyncio
-import json
-import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import quote
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
 
-import numpy as np
-
-from omni_common.errors import Internal, InvalidRequest, NotFound, ResourceExhausted
+from omni_common.errors import InvalidRequest, NotFound, ResourceExhausted
 from omni_placement.layout import Layout, Topology
+from omni_placement.load.book import GroupName
+
+IMPORTED = "imported"
+"""Solver of layouts that were given rather than solved for."""
+
+
+class Outcome(StrEnum):
+    """What became of a layout at the worker that holds the group's ranks; `NONE` where no worker was asked."""
+
+    NONE = "none"
+    APPLYING = "applying"
+    APPLIED = "applied"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A layout in force. Versions of one model count from 1."""
+    """A published layout. Versions of one group count from 1; `reason` is a stable word for why it was published."""
 
-    model: str
+    name: GroupName
     version: int
     solver: str
     layout: Layout
+    reason: str = "requested"
+    published_at_s: float = 0.0
+    outcome: Outcome = Outcome.NONE
 
 
-class LayoutFiles:
-    """One JSON file per model in `directory`, replaced whole."""
+@dataclass(frozen=True, slots=True)
+class Exclusions:
+    """Ranks that hold nothing. Those a person named may send what they still hold; those that failed can neither send
+    nor receive."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    named: frozenset[int] = frozenset()
+    failed: frozenset[int] = frozenset()
+    """Reported by a worker; back when it starts anew."""
+    lost: frozenset[int] = frozenset()
+    """Failed before their engine had applied anything. It goes on to say that it holds what it started with, as a
+    started one does, so they come back only when a person no longer names them."""
 
-    def load(self) -> list[Published]:
-        """Everything saved.
+    @property
+    def ranks(self) -> frozenset[int]:
+        return self.named | self.silent
 
-        Raises:
-            Internal: a file cannot be read. Going on without it would let a version repeat.
-        """
-        self._directory.mkdir(parents=True, exist_ok=True)
-        return [_read(path) for path in sorted(self._directory.glob("*.json"))]
-
-    def save(self, published: Published) -> None:
-        path = self._directory / f"{quote(published.model, safe='')}.json"
-        draft = path.with_suffix(".draft")
-        shape = published.layout.topology
-        content = {
-            "model": published.model,
-            "version": published.version,
-            "solver": published.solver,
-            "topology": [shape.num_layers, shape.num_experts, shape.num_ranks, shape.slots_per_rank],
-            "physical_to_logical": published.layout.physical.ravel().tolist(),
-        }
-        with draft.open("w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+    @property
+    def silent(self) -> frozenset[int]:
+        """Ranks that can neither send nor receive."""
+        return self.failed | self.lost
 
 
-def _read(path: Path) -> Published:
-    try:
-        content = json.loads(path.read_text())
-        topology = Topology(*content["topology"])
-        physical = np.array(content["physical_to_logical"], dtype=np.int32).reshape(topology.shape)
-        return Published(content["model"], int(content["version"]), content["solver"], Layout(topology, physical))
-    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
-        raise Internal(f"cannot read the layout in {path}: {error}", reason="layout_file") from error
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is kept of a group: layouts, oldest first and the last one in force, and the ranks that hold nothing."""
+
+    name: GroupName
+    layouts: tuple[Published, ...]
+    exclusions: Exclusions = Exclusions()
+
+    @property
+    def in_force(self) -> Published:
+        return self.layouts[-1]
+
+    @property
+    def had_worker(self) -> bool:
+        """Whether a worker was ever asked to apply one of these."""
+        return any(published.outcome is not Outcome.NONE for published in self.layouts)
+
+    def marked(self, version: int, outcome: Outcome, layout: Layout | None = None) -> "History":
+        """The same with another outcome of one version, which may be no longer kept, and its experts in other slots."""
+        changed = (
+            replace(p, outcome=outcome, layout=layout or p.layout) if p.version == version else p for p in self.layouts
+        )
+        return replace(self, layouts=tuple(changed))
+
+
+class Store(Protocol):
+    """Where histories outlive the process."""
+
+    def save(self, history: History) -> None: ...
+
+    def remove(self, name: GroupName) -> None: ...
 
 
 class _Watch:
-    """Layouts a watcher has not seen. Over the bound only the newest of each model stays."""
+    """Layouts a watcher has not seen. Over the bound only the newest of each group stays."""
 
-    def __init__(self, model: str, after_version: int, bound: int) -> None:
+    def __init__(self, model: str, group: str, after_version: int, bound: int) -> None:
         self.wake = asyncio.Event()
         self.queue: deque[Published] = deque()
-        self._model, self._after, self._bound = model, after_version, bound
+        self._model, self._group, self._after, self._bound = model, group, after_version, bound
 
     def offer(self, published: Published) -> None:
-        if self._model not in ("", published.model) or published.version <= self._after:
+        if self._model not in ("", published.name.model) or self._group not in ("", published.name.group):
+            return
+        if published.version <= self._after:
             return
         self.queue.append(published)
         if len(self.queue) > self._bound:
-            self.queue = deque({p.model: p for p in self.queue}.values())
+            self.queue = deque({p.name: p for p in self.queue}.values())
         self.wake.set()
 
 
 class LayoutBook:
-    """Owner of the layouts in force; `save` runs in a thread, before a layout is in force."""
+    """Owner of the layouts in force. What is stored, in a thread, is in force after that. `clock` is Unix time."""
 
-    def __init__(self, save: Callable[[Published], None] | None, *, models: int, watch_queue: int) -> None:
-        self._save, self._models, self._watch_queue = save, models, watch_queue
-        self._in_force: dict[str, Published] = {}
+    def __init__(
+        self,
+        store: Store | None,
+        clock: Callable[[], float],
+        *,
+        groups: int,
+        history: int,
+        watch_queue: int,
+    ) -> None:
+        self._store, self._clock = store, clock
+        self._groups, self._history, self._watch_queue = groups, history, watch_queue
+        self._by_name: dict[GroupName, History] = {}
         self._watches: set[_Watch] = set()
-        self._publishing = asyncio.Lock()
-        self._running: set[asyncio.Task[Published]] = set()
+        self._saving = asyncio.Lock()
         self._is_closed = False
 
-    def restore(self, saved: list[Published]) -> None:
-        self._in_force = {published.model: published for published in saved}
-
-    def get(self, model: str) -> Published:
-        """The layout in force. Raises `NotFound` where there is none."""
-        if model not in self._in_force:
-            raise NotFound(f"no layout is in force for model {model!r}", field="model", reason="no_layout")
-        return self._in_force[model]
-
-    def find(self, model: str) -> Published | None:
-        return self._in_force.get(model)
+    def restore(self, saved: Iterable[History]) -> None:
+        self._by_name = {history.name: history for history in saved}
 
     @property
-    def num_watches(self) -> int:
-        return len(self._watches)
+    def is_full(self) -> bool:
+        return len(self._by_name) >= self._groups
 
-    async def publish(self, model: str, layout: Layout, solver: str) -> Published:
-        """Put a layout in force as the model's next version. Goes to its end even if the caller is cancelled,
-        so that what is saved and what is in force stay the same.
+    def names(self) -> tuple[GroupName, ...]:
+        return tuple(sorted(self._by_name))
+
+    def resolve(self, model: str, group: str) -> GroupName:
+        """The group meant: the one named, else the model's only one, else the one of the empty name.
 
         Raises:
-            ResourceExhausted: the bound on models is reached.
+            InvalidRequest: no group is named, and the model has several that bear names.
         """
-        task = asyncio.create_task(self._publish(model, layout, solver))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return await asyncio.shield(task)
+        known = [name for name in self.names() if name.model == model]
+        unnamed = GroupName(model, "")
+        if group or not known or unnamed in known:
+            return GroupName(model, group)
+        if len(known) > 1:
+            names = ", ".join(name.group for name in known)
+            raise InvalidRequest(
+                f"model {model!r} has groups {names}; name one", field="group", reason="several_groups"
+            )
+        return known[0]
 
-    async def _publish(self, model: str, layout: Layout, solver: str) -> Published:
-        async with self._publishing:
-            known = self._in_force.get(model)
-            if known is None and len(self._in_force) >= self._models:
-                raise ResourceExhausted(f"layouts of {self._models} models are in force", reason="max_models")
-            published = Published(model, known.version + 1 if known else 1, solver, layout)
-            if self._save is not None:
-                await asyncio.to_thread(self._save, published)
-            self._in_force[model] = published
+    def find(self, name: GroupName) -> Published | None:
+        return self._by_name[name].in_force if name in self._by_name else None
+
+    def get(self, name: GroupName) -> Published:
+        """The layout in force. Raises `NotFound` where there is none."""
+        return self.history(name).in_force
+
+    def history(self, name: GroupName) -> History:
+        """What is kept of a group. Raises `NotFound` where it has no layout."""
+        if name not in self._by_name:
+            known_models = {known.model for known in self._by_name}
+            place = f"group {name.group!r} of model" if name.group else "model"
+            raise NotFound(
+                f"no layout is in force for {place} {name.model!r}",
+                field="group" if name.group and name.model in known_models else "model",
+                reason="no_layout",
+            )
+        return self._by_name[name]
+
+    def exclusions(self, name: GroupName) -> Exclusions:
+        return self._by_name[name].exclusions if name in self._by_name else Exclusions()
+
+    async def publish(
+        self,
+        name: GroupName,
+        layout: Layout,
+        solver: str,
+        reason: str,
+        *,
+        outcome: Outcome = Outcome.NONE,
+        exclusions: Exclusions | None = None,
+        failed_version: int = 0,
+    ) -> Published:
+        """Put a layout in force as the group's next version. Exclusions stay as they are where None is given;
+        `failed_version` is marked as failed in the same write. Not to be cancelled: what is saved is in force.
+
+        Raises:
+            ResourceExhausted: the bound on groups is reached.
+        """
+        async with self._saving:
+            known = self._by_name.get(name)
+            if known is None and self.is_full:
+                raise ResourceExhausted(f"layouts of {self._groups} groups are in force", reason="max_groups")
+            known = known or History(name, ())
+            version = known.in_force.version + 1 if known.layouts else 1
+            published = Published(name, version, solver, layout, reason, self._clock(), outcome)
+            kept = (*known.marked(failed_version, Outcome.FAILED).layouts, published)[-self._history :]
+            await self._keep(History(name, kept, exclusions or known.exclusions))
         for watch in self._watches:
             watch.offer(published)
         return published
 
-    async def watch(self, model: str, after_version: int) -> AsyncIterator[Published]:
-        """What is in force and newer than `after_version`, then every later one; an empty name is all models."""
-        watch = _Watch(model, after_version, self._watch_queue)
-        for published in self._in_force.values():
-            watch.offer(published)
+    async def mark(self, name: GroupName, version: int, outcome: Outcome, layout: Layout | None = None) -> None:
+        """Note what became of a version, and in which slots its experts are where they are known."""
+        async with self._saving:
+            await self._keep(self._by_name[name].marked(version, outcome, layout))
+
+    async def readmit(self, name: GroupName) -> None:
+        """Ranks that failed may hold experts again; those a person named still hold nothing."""
+        async with self._saving:
+            known = self._by_name[name]
+            if known.exclusions.failed:
+                await self._keep(replace(known, exclusions=replace(known.exclusions, failed=frozenset())))
+
+    async def describe(self, name: GroupName, topology: Topology) -> Published:
+        """Replace the topology of the layout in force by one of the same outline that says more."""
+        async with self._saving:
+            known = self._by_name[name]
+            told = replace(known.in_force, layout=Layout(topology, known.in_force.layout.physical))
+            await self._keep(replace(known, layouts=(*known.layouts[:-1], told)))
+            return told
+
+    async def forget(self, name: GroupName) -> None:
+        """Let go of a group; its versions begin anew if it comes back."""
+        async with self._saving:
+            if self._store is not None:
+                await asyncio.to_thread(self._store.remove, name)
+            self._by_name.pop(name, None)
+
+    async def _keep(self, history: History) -> None:
+        if self._store is not None:
+            await asyncio.to_thread(self._store.save, history)
+        self._by_name[history.name] = history
+
+    async def watch(self, model: str, group: str, after_version: int) -> AsyncIterator[Published]:
+        """What is in force and newer than `after_version`, then every later one; empty names are all there are."""
+        watch = _Watch(model, group, after_version, self._watch_queue)
+        for name in self.names():
+            watch.offer(self._by_name[name].in_force)
         self._watches.add(watch)
         try:
             while not self._is_closed:
@@ -158,8 +262,3 @@ class LayoutBook:
         self._is_closed = True
         for watch in self._watches:
             watch.wake.set()
-
-    async def settle(self) -> None:
-        """Wait for publications under way."""
-        if self._running:
-            await asyncio.wait(self._running)

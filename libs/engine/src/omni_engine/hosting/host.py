@@ -1,8 +1,11 @@
 """A worker process: one engine behind the services of both legs, registered with the kvstore."""
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import grpc
 from prometheus_client import CollectorRegistry
@@ -20,8 +23,9 @@ from omni_engine.hosting.engines import ENGINES
 from omni_engine.hosting.events import BlockRelay
 from omni_engine.hosting.identity import Identity
 from omni_engine.hosting.membership import Membership
-from omni_engine.hosting.metrics import BlocksCollector, LoadCollector, WorkerMetrics
+from omni_engine.hosting.metrics import BlocksCollector, LoadCollector, PlacementCollector, WorkerMetrics
 from omni_engine.hosting.mirror import BlockMirror
+from omni_engine.hosting.placement import IDEMPOTENT, PlacementClient
 from omni_engine.hosting.prefill import PrefillServicer
 from omni_engine.hosting.publisher import BlockPublisher
 from omni_engine.hosting.session import DecodeHost, DecodeServicer, SessionLimits
@@ -44,9 +48,11 @@ class WorkerHost:
         self.identity = Identity(time.time_ns() // 1_000_000, settings.published_labels)
         self.worker = Worker(engine, self.admission, self.accounts, self.identity)
         self.relay: BlockRelay | None = None
+        self.placement: PlacementClient | None = None
         self._metrics = WorkerMetrics(registry)
         registry.register(LoadCollector(self.worker.stats, lambda: self.admission.refused))
         registry.register(BlocksCollector(lambda: self.relay.report() if self.relay else None))
+        registry.register(PlacementCollector(lambda: self.placement.report() if self.placement else None))
         self.server = Server(self._servicers(), settings.tls)
 
     async def start(self) -> int:
@@ -92,19 +98,32 @@ class WorkerHost:
         await self._engine.close()
 
     async def _live(self) -> str:
-        if not self._settings.kvstore:
-            return await self._engine.wait_dead()
-        async with (
-            channel(self._settings.kvstore, tls=self._settings.tls) as kvstore,
-            asyncio.TaskGroup() as group,
-        ):
-            relay = self.relay = self._relay(kvstore)
-            membership = Membership(kvstore, self.worker.describe, self.admission, relay.request_snapshot)
-            tasks = [group.create_task(membership.run()), group.create_task(relay.run(membership.registered))]
+        """Until the engine dies: membership and block events, and the placement of experts, each where configured."""
+        async with self._in_cluster() as work, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in work]
             reason = await self._engine.wait_dead()
             for task in tasks:
                 task.cancel()
         return reason
+
+    @contextlib.asynccontextmanager
+    async def _in_cluster(self) -> AsyncIterator[list[Coroutine[Any, Any, None]]]:
+        """What is to run while the engine lives, over open channels."""
+        settings, work = self._settings, list[Coroutine[Any, Any, None]]()
+        async with contextlib.AsyncExitStack() as channels:
+            if settings.kvstore:
+                kvstore = await channels.enter_async_context(channel(settings.kvstore, tls=settings.tls))
+                relay = self.relay = self._relay(kvstore)
+                membership = Membership(kvstore, self.worker.describe, self.admission, relay.request_snapshot)
+                work += [membership.run(), relay.run(membership.registered)]
+            if settings.placement and self._engine.expert_layout() is not None:
+                to_placement = channel(settings.placement, tls=settings.tls, idempotent=IDEMPOTENT)
+                placement = await channels.enter_async_context(to_placement)
+                self.placement = PlacementClient(placement, self._engine, self.admission, self.identity, settings)
+                work.append(self.placement.run())
+            elif settings.placement:
+                log.info("experts stay where they are: the engine has no expert-parallel ranks")
+            yield work
 
     def _relay(self, kvstore: grpc.aio.Channel) -> BlockRelay:
         info, identity, settings = self._engine.info, self.identity, self._settings

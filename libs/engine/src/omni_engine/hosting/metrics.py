@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from omni_engine.hosting.events import RelayReport
+from omni_engine.hosting.placement import PlacementReport
 from omni_engine.ports import EngineStats, SequenceStart
 
 _PREFILL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -117,6 +118,36 @@ class BlocksCollector(Collector):
             yield CounterMetricFamily(name, text, value=value)
         yield GaugeMetricFamily("omni_worker_pending_blocks", "Changes not sent yet", value=report.pending)
         yield GaugeMetricFamily("omni_worker_mirrored_blocks", "Blocks of the engine mirrored", value=report.mirrored)
+
+
+class PlacementCollector(Collector):
+    """Expert layouts and load, out of the placement client's own report."""
+
+    def __init__(self, read: Callable[[], PlacementReport | None]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        report = self._read()
+        if report is None:
+            return
+        gauges = {
+            "omni_worker_placement_connected": ("1 while layouts are followed", report.is_connected),
+            "omni_worker_expert_layout_version": ("Version that the ranks hold", report.layout_version),
+            "omni_worker_expert_rank_imbalance_ratio": (
+                "Slowest over mean rank in the newest window, 0 before it",
+                report.rank_imbalance,
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily("omni_worker_expert_rounds", "Rounds of expert moves applied", value=report.rounds)
+        yield CounterMetricFamily("omni_worker_expert_moves", "Experts copied between slots", value=report.moves)
+        yield _by_label(
+            "omni_worker_expert_migrations", "Layouts that needed moves, by outcome", "outcome", report.migrations
+        )
+        yield _by_label(
+            "omni_worker_expert_load_reports", "Reports of expert load, by outcome", "outcome", report.load_reports
+        )
 
 
 def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:

@@ -39,6 +39,13 @@ class WorkerSettings(ServiceSettings):
     submit_timeout_s: float = Field(10.0, gt=0, description="How long the engine may take to accept a sequence")
     events_interval_s: float = Field(0.2, gt=0, description="Block events are published in batches this far apart")
     max_mirrored_blocks: int = Field(1_000_000, ge=1, description="Blocks whose keys are remembered for the kvstore")
+    placement: str = Field("", description="host:port of the placement service; empty: experts stay where they are")
+    expert_group: str = Field("", description="This engine's name among those of its model; default: the worker's")
+    traffic_class: str = Field(
+        "", description="Kind of traffic the worker serves, where expert load is told apart by it"
+    )
+    load_interval_s: float = Field(5.0, gt=0, description="Expert load is reported in windows of this length")
+    move_timeout_s: float = Field(60.0, gt=0, description="How long the engine may take for one round of expert moves")
 
     @property
     def published_labels(self) -> dict[str, str]:

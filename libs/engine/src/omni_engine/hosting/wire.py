@@ -104,7 +104,13 @@ def logprobs_to_wire(logprobs: ports.Logprobs) -> engine_pb2.Logprobs:
 
 
 def info_to_wire(
-    info: ports.EngineInfo, worker_id: str, address: str, role: EngineRole, epoch: int, labels: dict[str, str]
+    info: ports.EngineInfo,
+    worker_id: str,
+    address: str,
+    role: EngineRole,
+    epoch: int,
+    labels: dict[str, str],
+    layout_version: int = 0,
 ) -> engine_pb2.WorkerInfo:
     """What the worker is, for Describe and for the kvstore."""
     return engine_pb2.WorkerInfo(
@@ -122,6 +128,7 @@ def info_to_wire(
         engine_version=info.engine_version,
         kv_connector=info.kv_connector,
         engine_id=info.engine_id,
+        layout_version=layout_version,
         labels=labels,
         num_moe_layers=info.num_moe_layers,
         num_experts=info.num_experts,

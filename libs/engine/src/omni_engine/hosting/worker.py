@@ -51,7 +51,7 @@ class Worker:
         """Raises Unavailable until the engine is loaded."""
         if not self._admission.is_ready:
             raise Unavailable("the engine is not ready", reason="loading", retry_after_s=1.0)
-        identity = self._identity
+        identity, layout = self._identity, self._engine.expert_layout()
         return info_to_wire(
             self._engine.info,
             identity.worker_id,
@@ -59,6 +59,7 @@ class Worker:
             self._admission.role,
             identity.epoch,
             dict(identity.labels),
+            layout.version if layout else 0,
         )
 
     def stats(self) -> EngineStats | None:

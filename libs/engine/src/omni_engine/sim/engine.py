@@ -12,7 +12,7 @@ from omni_common.errors import Cancelled, FailedPrecondition, InvalidRequest, Un
 from omni_engine import ports
 from omni_engine.ports import DecodeJob, EventBatch, FinishReason, KvHandle, PrefillJob, PrefillResult, SequenceOutput
 from omni_engine.sim.clock import Clock, WallClock
-from omni_engine.sim.experts import ExpertCounter
+from omni_engine.sim.experts import SimExperts
 from omni_engine.sim.leases import LeaseTable
 from omni_engine.sim.scheduler import Scheduler, Step
 from omni_engine.sim.sequence import SimSequence
@@ -37,7 +37,6 @@ class SimEngine:
         self._work = asyncio.Event()
         self._leases = LeaseTable(self._scheduler.pool, self._clock, settings.lease_s, self._work)
         self._server = LeaseServer(self._leases.pin, self._free_lease, settings.lease_s)
-        self._experts = ExpertCounter(settings)
         self._by_id: dict[str, SimSequence] = {}
         self._events: asyncio.Queue[EventBatch] | None = None
         self._event_sequence = 0
@@ -49,6 +48,9 @@ class SimEngine:
         self._generated = 0
         self._computed_prompt = 0
         self.faults = settings.faults.model_copy()
+        self._experts: SimExperts | None = None
+        if settings.experts.num_ranks:
+            self._experts = SimExperts(settings, self.faults, self._clock, self._work.set)
         self.info = ports.EngineInfo(
             model=model,
             engine="sim",
@@ -63,6 +65,10 @@ class SimEngine:
             num_moe_layers=settings.num_moe_layers,
             num_experts=settings.num_experts,
             fixed_role=settings.fixed_role,
+            num_ep_ranks=settings.experts.num_ranks,
+            expert_slots_per_rank=settings.expert_slots_per_rank,
+            ranks_per_host=settings.experts.ranks_per_host,
+            expert_bytes=settings.experts.expert_bytes,
         )
 
     async def start(self) -> None:
@@ -134,8 +140,17 @@ class SimEngine:
         while True:
             yield await queue.get()
 
-    def expert_load(self) -> ports.ExpertLoad | None:
-        return self._experts.take()
+    async def expert_load(self) -> ports.ExpertLoad | None:
+        return self._experts.take() if self._experts else None
+
+    def expert_layout(self) -> ports.ExpertLayout | None:
+        return self._experts.layout if self._experts else None
+
+    async def move_experts(self, moves: Sequence[ports.ExpertMove], layout: ports.ExpertLayout) -> None:
+        await self._ranks().move(moves, layout)
+
+    async def drop_ranks(self, ranks: Sequence[int]) -> None:
+        self._ranks().drop(ranks)
 
     async def wait_dead(self) -> str:
         return await asyncio.shield(self._dead)
@@ -148,6 +163,8 @@ class SimEngine:
             task.cancel()
         if owned := [*self._tasks, *pulls]:
             await asyncio.wait(owned)
+        if self._experts is not None:
+            self._experts.end("the engine was closed")
         await self._server.close()
 
     def die(self, reason: str) -> None:
@@ -155,6 +172,8 @@ class SimEngine:
         if self._dead.done():
             return
         self._dead.set_result(reason)
+        if self._experts is not None:
+            self._experts.end(reason)
         for sequence in list(self._by_id.values()):
             self._drop(sequence)
             if sequence.sink is not None:
@@ -163,11 +182,20 @@ class SimEngine:
             elif sequence.result is not None and not sequence.result.done():
                 sequence.result.set_exception(Unavailable(reason, reason="engine_dead"))
 
-    def _check(self, request_id: str, token_ids: Sequence[int]) -> None:
+    def _require_alive(self) -> None:
         if self._dead.done():
             raise Unavailable(self._dead.result(), reason="engine_dead")
         if not self._tasks:
             raise FailedPrecondition("the engine has not started", reason="not_started")
+
+    def _ranks(self) -> SimExperts:
+        self._require_alive()
+        if self._experts is None:
+            raise FailedPrecondition("this engine has no expert-parallel ranks", reason="no_expert_parallelism")
+        return self._experts
+
+    def _check(self, request_id: str, token_ids: Sequence[int]) -> None:
+        self._require_alive()
         if request_id in self._by_id:
             raise InvalidRequest(f"request {request_id!r} is running", field="request_id")
         if not 0 < len(token_ids) < self._settings.max_model_len:
@@ -178,8 +206,17 @@ class SimEngine:
         tokens, sampling = list(job.token_ids), job.sampling
         stream = TokenStream(self._settings, tokens[:num_prompt], sampling)
         now_s = self._clock.now_s()
+        traffic_class = self._experts.class_of(tokens[:num_prompt]) if self._experts else 0
         return SimSequence(
-            job.request_id, tokens, num_prompt, sampling, stream, job.cache_salt, now_s, job.believed_tokens
+            job.request_id,
+            tokens,
+            num_prompt,
+            sampling,
+            stream,
+            job.cache_salt,
+            now_s,
+            job.believed_tokens,
+            traffic_class,
         )
 
     def _enqueue(self, sequence: SimSequence) -> None:
@@ -213,6 +250,8 @@ class SimEngine:
     async def _run(self) -> None:
         """The engine's steps, until the engine dies or is closed."""
         while not self._dead.done():
+            if self._experts is not None:
+                await self._experts.at_boundary()
             step = self._scheduler.plan(self._clock.now_s())
             for sequence, handle in step.pulls:
                 sequence.pull = self._spawn(self._pull(sequence, handle), "sim-pull")
@@ -222,14 +261,25 @@ class SimEngine:
                 await self._work.wait()
                 continue
             started_s, generated = self._clock.now_s(), self._generated
-            duration_ms = step.duration_ms(self._settings.timing) * self.faults.slow_factor
-            await self._clock.sleep(duration_ms / 1e3)
+            duration_ms = await self._compute(step)
             self._step_ms += _SMOOTHING * (duration_ms - self._step_ms)
             self._commit(step)
             if self._generated > generated:
                 self._steps += 1
                 self._busy_s += self._clock.now_s() - started_s
             self._publish()
+
+    async def _compute(self, step: Step) -> float:
+        """Let the step's time pass; returns it in milliseconds."""
+        duration_ms = step.duration_ms(self._settings.timing) * self.faults.slow_factor
+        if self._experts is None:
+            await self._clock.sleep(duration_ms / 1e3)
+            return duration_ms
+        routed = self._experts.route((s.traffic_class, n) for s, n in step.chunks)
+        duration_ms *= routed.factor
+        await self._clock.sleep(duration_ms / 1e3)
+        self._experts.done(routed, duration_ms)
+        return duration_ms
 
     def _commit(self, step: Step) -> None:
         by_sink: dict[ports.StepSink, list[SequenceOutput]] = {}
@@ -238,7 +288,6 @@ class SimEngine:
                 continue
             prompt_left = max(0, sequence.num_prompt - sequence.computed)
             self._computed_prompt += min(count, prompt_left)
-            self._experts.count(count)
             if not self._scheduler.commit(sequence, count):
                 continue
             self._generated += 1

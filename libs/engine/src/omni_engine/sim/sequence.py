@@ -11,7 +11,7 @@ from omni_engine.sim.tokens import TokenStream
 class SimSequence:
     """`computed` of `tokens` have their keys and values in `blocks`; times are on the engine's clock.
 
-    `believed_tokens` of the prompt count as queued until it runs.
+    `believed_tokens` of the prompt count as queued until it runs. `traffic_class` decides which experts it prefers.
     """
 
     request_id: str
@@ -22,6 +22,7 @@ class SimSequence:
     salt: str
     arrived_s: float
     believed_tokens: int
+    traffic_class: int = 0
     sink: StepSink | None = None
     result: "asyncio.Future[PrefillResult] | None" = None
     handle: KvHandle | None = None

@@ -45,6 +45,26 @@ class Faults(BaseModel):
     slow_factor: float = Field(1.0, gt=0, description="Every step and transfer lasts so many times longer")
     die_after_s: float | None = Field(None, ge=0, description="The engine dies so long after its start")
     drop_next_event_batches: int = Field(0, ge=0, description="So many of the next block event batches are lost")
+    fail_next_moves: int = Field(0, ge=0, description="So many of the next rounds of expert moves fail")
+    failed_ranks: tuple[int, ...] = Field((), description="Expert-parallel ranks that take part in no round")
+
+
+class ExpertSettings(BaseModel):
+    """Expert parallelism of the simulated model, and which experts its router prefers."""
+
+    model_config = _FROZEN
+
+    num_ranks: int = Field(0, ge=0, description="Expert-parallel ranks; 0: no expert parallelism")
+    spare_slots: int = Field(0, ge=0, description="Slots per layer beyond one for each expert, over all ranks")
+    ranks_per_host: int = Field(0, ge=0, description="0: all on one")
+    seed: int = Field(0, ge=0, description="Of the router's preferences and draws")
+    skew: float = Field(1.0, ge=0, description="Exponent of the experts' Zipf popularity; 0: all alike")
+    classes: int = Field(1, ge=1, description="Classes of traffic, each with preferences of its own")
+    drift_tokens: int = Field(0, ge=0, description="Tokens after which the preferences are others; 0: they stay")
+    moe_share: float = Field(0.5, ge=0, le=1, description="Share of the expert layers in a step with even ranks")
+    expert_bytes: int = Field(0, ge=0, description="Weights of one expert of one layer")
+    copy_gib_per_s: float = Field(1.0, gt=0, description="Between two ranks, in each direction")
+    switch_ms: float = Field(1.0, ge=0, description="Pause at the step boundary where a layout comes into force")
 
 
 class SimSettings(BaseModel):
@@ -70,6 +90,7 @@ class SimSettings(BaseModel):
     num_moe_layers: int = Field(4, ge=0)
     num_experts: int = Field(16, ge=0)
     experts_per_token: int = Field(4, ge=0)
+    experts: ExpertSettings = ExpertSettings.model_validate({})
     timing: Timing = Timing.model_validate({})
     faults: Faults = Faults.model_validate({})
 
@@ -78,6 +99,26 @@ class SimSettings(BaseModel):
         if self.num_blocks * self.block_size < self.max_model_len:
             raise ValueError("num_blocks * block_size must hold a sequence of max_model_len")
         return self
+
+    @model_validator(mode="after")
+    def _experts_must_fit(self) -> Self:
+        ranks, slots = self.experts.num_ranks, self.num_experts + self.experts.spare_slots
+        if not ranks:
+            return self
+        if not (self.num_moe_layers and 0 < self.experts_per_token <= self.num_experts):
+            raise ValueError("expert parallelism needs num_moe_layers, and experts_per_token of num_experts")
+        if slots % ranks or slots // ranks > self.num_experts:
+            raise ValueError(
+                f"num_experts + spare_slots ({slots}) must be a multiple of num_ranks ({ranks}), and a rank cannot "
+                "hold an expert twice"
+            )
+        return self
+
+    @property
+    def expert_slots_per_rank(self) -> int:
+        """Slots of each rank per layer; 0 without expert parallelism."""
+        ranks = self.experts.num_ranks
+        return (self.num_experts + self.experts.spare_slots) // ranks if ranks else 0
 
     def for_model(self, model_dir: Path | None) -> Self:
         """With the end token of the model's configuration, where none is set here."""

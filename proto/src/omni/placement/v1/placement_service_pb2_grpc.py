@@ -55,6 +55,36 @@ class PlacementServiceStub:
                 request_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.WatchLayoutsRequest.SerializeToString,
                 response_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.WatchLayoutsResponse.FromString,
                 _registered_method=True)
+        self.AckLayout = channel.unary_unary(
+                '/omni.placement.v1.PlacementService/AckLayout',
+                request_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.AckLayoutRequest.SerializeToString,
+                response_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.AckLayoutResponse.FromString,
+                _registered_method=True)
+        self.ListLayouts = channel.unary_unary(
+                '/omni.placement.v1.PlacementService/ListLayouts',
+                request_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListLayoutsRequest.SerializeToString,
+                response_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListLayoutsResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/omni.placement.v1.PlacementService/Rollback',
+                request_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.SetRanks = channel.unary_unary(
+                '/omni.placement.v1.PlacementService/SetRanks',
+                request_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.SetRanksRequest.SerializeToString,
+                response_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.SetRanksResponse.FromString,
+                _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/omni.placement.v1.PlacementService/GetLoad',
+                request_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+        self.ListGroups = channel.unary_unary(
+                '/omni.placement.v1.PlacementService/ListGroups',
+                request_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListGroupsRequest.SerializeToString,
+                response_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListGroupsResponse.FromString,
+                _registered_method=True)
 
 
 class PlacementServiceServicer:
@@ -83,7 +113,52 @@ class PlacementServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLayouts(self, request, context):
-        """The layout in force, then every later one.
+        """The layout in force, then every later one. A worker says what it holds and is told in rounds how to get there. The
+        stream ends where its rounds are overtaken (a round failed or is overdue, ranks changed, a rollback): the worker
+        stops after the round it is in and watches anew with what it holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AckLayout(self, request, context):
+        """How far a worker is with the rounds it was sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLayouts(self, request, context):
+        """Published layouts of a group that are still kept, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Puts an earlier layout in force again, as a version of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRanks(self, request, context):
+        """Names the ranks of a group that shall hold nothing, and plans without them at once. What they hold they still send,
+        unless a worker said that they have failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """What is known of a group's load.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGroups(self, request, context):
+        """Every group that has a layout.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +186,36 @@ def add_PlacementServiceServicer_to_server(servicer, server):
                     servicer.WatchLayouts,
                     request_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.WatchLayoutsRequest.FromString,
                     response_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.WatchLayoutsResponse.SerializeToString,
+            ),
+            'AckLayout': grpc.unary_unary_rpc_method_handler(
+                    servicer.AckLayout,
+                    request_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.AckLayoutRequest.FromString,
+                    response_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.AckLayoutResponse.SerializeToString,
+            ),
+            'ListLayouts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLayouts,
+                    request_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListLayoutsRequest.FromString,
+                    response_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListLayoutsResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.RollbackRequest.FromString,
+                    response_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.RollbackResponse.SerializeToString,
+            ),
+            'SetRanks': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRanks,
+                    request_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.SetRanksRequest.FromString,
+                    response_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.SetRanksResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.GetLoadRequest.FromString,
+                    response_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'ListGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGroups,
+                    request_deserializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListGroupsRequest.FromString,
+                    response_serializer=omni_dot_placement_dot_v1_dot_placement__service__pb2.ListGroupsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +327,168 @@ class PlacementService:
             '/omni.placement.v1.PlacementService/WatchLayouts',
             omni_dot_placement_dot_v1_dot_placement__service__pb2.WatchLayoutsRequest.SerializeToString,
             omni_dot_placement_dot_v1_dot_placement__service__pb2.WatchLayoutsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AckLayout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.placement.v1.PlacementService/AckLayout',
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.AckLayoutRequest.SerializeToString,
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.AckLayoutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLayouts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.placement.v1.PlacementService/ListLayouts',
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.ListLayoutsRequest.SerializeToString,
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.ListLayoutsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.placement.v1.PlacementService/Rollback',
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.RollbackRequest.SerializeToString,
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRanks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.placement.v1.PlacementService/SetRanks',
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.SetRanksRequest.SerializeToString,
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.SetRanksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.placement.v1.PlacementService/GetLoad',
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.GetLoadRequest.SerializeToString,
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omni.placement.v1.PlacementService/ListGroups',
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.ListGroupsRequest.SerializeToString,
+            omni_dot_placement_dot_v1_dot_placement__service__pb2.ListGroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,1 @@
+"""Compares solvers of expert placement on loads of several families."""

@@ -1,0 +1,1 @@
+"""A simulated day of expert load, and systems that place experts during it."""

@@ -1,0 +1,86 @@
+"""Commands that other packages bring: entry points of the group `omni_cli.commands`, name -> Typer app.
+
+An app is imported when its command is run or its help is asked for; `omni --help` shows the summary of the package that
+brings it. Its context's `obj` is a `Services`: how to find a service of a running stack.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from omni_cli.errors import InvalidOptions, NoSuchStack
+from omni_cli.options import chosen, files_of
+from omni_cli.probes import reachable
+
+GROUP = "omni_cli.commands"
+PACKAGES: Mapping[str, str] = {"placement": "omni-placement[cli]"}
+"""What to install for a command of ours that is not there."""
+
+
+class Services:
+    """Where the services of the stacks on this machine listen."""
+
+    def address_of(self, service: str, *, name: str | None, port: int | None, home: Path | None) -> str:
+        """host:port of a service of the stack meant by name or port, or of the only one.
+
+        Raises:
+            NoSuchStack: none is meant, or it has no such service.
+        """
+        stack = chosen(files_of(home), name, port)
+        for process in stack.processes:
+            if process.service == service:
+                return reachable(process.address)
+        raise NoSuchStack(f"stack {stack.name!r} has no {service}")
+
+
+class _Extension(TyperCommand):
+    """Stands for a command until it is needed."""
+
+    def __init__(self, entry: EntryPoint) -> None:
+        summary = entry.dist.metadata["Summary"] if entry.dist is not None else ""
+        super().__init__(entry.name, help=summary or f"From {entry.value}.")
+        self._entry = entry
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        try:
+            app = self._entry.load()
+        except ModuleNotFoundError as error:
+            raise InvalidOptions(f"omni {self.name} cannot be loaded ({error}); {_how(self._entry.name)}") from error
+        command = typer.main.get_command(app)
+        command.name = self.name
+        return command.make_context(info_name, args, parent, obj=Services(), **extra)
+
+
+class _Missing(TyperCommand):
+    """A command of ours whose package is not installed."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        raise InvalidOptions(f"omni {self.name} is not installed; {_how(str(self.name))}")
+
+
+class Commands(TyperGroup):
+    """The command's own, and those of extensions; a name of its own is never replaced."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        own = super().list_commands(ctx)
+        return own + [name for name in sorted({entry.name for entry in _installed()}) if name not in own]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        if entry := next(iter(_installed(cmd_name)), None):
+            return _Extension(entry)
+        return _Missing(cmd_name) if cmd_name in PACKAGES else None
+
+
+def _installed(name: str | None = None) -> Iterable[EntryPoint]:
+    return entry_points(group=GROUP) if name is None else entry_points(group=GROUP, name=name)
+
+
+def _how(name: str) -> str:
+    package = PACKAGES.get(name)
+    return f"install it: pip install {package!r}" if package else "see the package that brings it"

@@ -1,0 +1,77 @@
+"""Starting vLLM from a launch plan, and what the engine that came of it is."""
+
+from typing import Any
+
+from omni_common.errors import InvalidRequest
+from omni_engine.ports import EngineInfo
+from omni_engine.vllm_args import EXPERT_COUNTS, LaunchPlan
+from omni_engine.vllm_events import KvGroups
+from omni_engine.vllm_settings import VllmSettings
+
+EXPERTS_SINCE = (0, 32)
+
+
+def build(plan: LaunchPlan, settings: VllmSettings) -> Any:
+    """vLLM's AsyncLLM. Runs in a thread without an event loop, so that it starts no output reader of its own."""
+    from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = dict(plan.arguments)
+    for name, kind in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig)):
+        if name in arguments:
+            arguments[name] = kind(**arguments[name])
+    engine_args = AsyncEngineArgs(**arguments)
+    config = engine_args.create_engine_config()
+    if settings.expert_parallel:
+        _require_known_experts()
+        # Asked for here and not in the arguments, which are refused on CPU. We decide what is moved, not vLLM.
+        config.parallel_config.enable_eplb = True
+        balancing = config.parallel_config.eplb_config
+        balancing.num_redundant_experts = settings.redundant_experts
+        balancing.use_async = False
+        balancing.communicator = "torch_gloo"
+    return AsyncLLM.from_vllm_config(
+        config,
+        enable_log_requests=engine_args.enable_log_requests,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+
+
+def _require_known_experts() -> None:
+    """Raises InvalidRequest on a vLLM whose expert layers `vllm_expert_shims` does not know."""
+    import vllm
+
+    if tuple(map(int, vllm.__version__.split(".")[:2])) < EXPERTS_SINCE:
+        raise InvalidRequest(
+            f"expert_parallel needs vLLM 0.32; this is {vllm.__version__}", field="vllm.expert_parallel"
+        )
+
+
+def describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, groups: KvGroups) -> EngineInfo:
+    """The engine as vLLM's configuration has it; counts of all data-parallel cores together."""
+    import vllm
+
+    shape = config.model_config.hf_text_config
+    experts = next((getattr(shape, name) for name in EXPERT_COUNTS if getattr(shape, name, None)), 0)
+    dense = getattr(shape, "first_k_dense_replace", 0)
+    cores = settings.data_parallel_size
+    ranks = settings.num_ranks if settings.expert_parallel else 0
+    return EngineInfo(
+        model=model,
+        engine="vllm",
+        engine_version=vllm.__version__,
+        engine_id=plan.engine_id,
+        kv_connector=settings.kv_connector,
+        block_size=groups.block_size or config.cache_config.block_size,
+        num_blocks=cores * (config.cache_config.num_gpu_blocks or 0),
+        max_model_len=config.model_config.max_model_len,
+        max_num_seqs=cores * config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+        num_moe_layers=shape.num_hidden_layers - dense if experts else 0,
+        num_experts=experts,
+        num_block_groups=max(1, len(groups)),
+        fixed_role=plan.fixed_role,
+        num_ep_ranks=ranks,
+        expert_slots_per_rank=(experts + settings.redundant_experts) // ranks if ranks else 0,
+    )
