@@ -39,7 +39,7 @@ class Shape:
     decode_kv_gib: float
     engine: str = "vllm"
     sim: Mapping[str, float] = field(default_factory=dict)
-    """Settings of simulated engines."""
+    """Times of simulated engines, by the names of their settings."""
 
     @property
     def title(self) -> str:
@@ -49,7 +49,7 @@ class Shape:
     def environment(self) -> Mapping[str, str]:
         if self.engine != "vllm":
             return {
-                f"OMNI_{role}_SIM__{name.upper()}": str(value)
+                f"OMNI_{role}_SIM__TIMING__{name.upper()}": str(value)
                 for role in ("PREFILL", "DECODE")
                 for name, value in self.sim.items()
             }

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from omni_placement.layout import EMPTY, Layout, Topology, from_indicator
 from omni_placement.problem import Problem
 from omni_placement.solving import omni
+from omni_placement.solving.layer import GAP
+from omni_placement.solving.levels import COST
 
 
 @st.composite
@@ -87,13 +89,14 @@ def test_the_same_problem_has_the_same_answer(problem: Problem) -> None:
 @settings(max_examples=50, deadline=None)
 @given(topology=topologies(), seed=st.integers(0, 2**32 - 1), sigma=st.sampled_from([0.3, 1.0, 2.0]))
 def test_a_larger_budget_never_makes_the_step_longer(topology: Topology, seed: int, sigma: float) -> None:
-    """But for what bringing groups together may cost, which is within the gap that the solver leaves."""
+    """But for what bringing groups together may cost, within the gap that the solver leaves, and what leaving no slot
+    empty may cost where there is no budget."""
     topology = replace(topology, num_groups=1)
     load = np.random.default_rng(seed).lognormal(0, sigma, (topology.num_layers, topology.num_experts))
     most = Problem(topology, load).extra_replicas
     steps = [omni(Problem(topology, load, budget=budget)).step_load(load) for budget in range(most + 2)]
-    steps.append(omni(Problem(topology, load)).step_load(load))
     assert (np.diff(steps) <= 1e-9 * steps[0]).all()
+    assert omni(Problem(topology, load)).step_load(load) <= (1 + COST) * (1 + GAP) * steps[-1]
 
 
 @settings(deadline=None)

@@ -19,7 +19,7 @@ class Problem:
 
     `current` is the layout in force, to be left with few moves. `budget` bounds the copies beyond one per expert, over
     all layers together; None is every slot there is. `pinned` are (layer, expert, rank) that must hold.
-    `excluded_ranks` have failed and hold nothing. `max_replicas` bounds the copies of an expert in a layer; 0 does not.
+    `excluded_ranks` hold nothing. `max_replicas` bounds the copies of an expert in a layer; 0 does not.
 
     Raises:
         InvalidRequest: no layout can satisfy this; field and message name what cannot be.

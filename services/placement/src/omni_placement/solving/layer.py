@@ -58,6 +58,19 @@ class Layer:
         given = self._given[0][: extra - self.least_extra]
         return self.least_copies + np.bincount(given, minlength=len(self.load))
 
+    @cached_property
+    def needs_no_packing(self) -> bool:
+        """Ranks have one slot, and nothing is pinned."""
+        return self.width == 1 and not len(self._pinned_pairs[0])
+
+    def dealt(self) -> LayerPlan:
+        """Where that needs no packing: as many copies as there is room for, rank after rank."""
+        order, largest = self._given
+        experts = np.concatenate([np.arange(len(self.load)), order])
+        held = np.full((len(self.capacity), 1), EMPTY, dtype=np.int32)
+        held[np.flatnonzero(self.capacity)[: len(experts)], 0] = experts
+        return LayerPlan(float(largest[-1]), self.most_extra, held)
+
     def packed(self, copies: Numbers, extra: int, max_steps: int = MAX_STEPS) -> LayerPlan:
         """From nothing, with about `copies` of each expert."""
         held = self.pins()

@@ -12,10 +12,12 @@ from omni_placement.solving.layer import Layer
 from omni_placement.solving.recounts import repacked
 from omni_placement.solving.replicas import LayerPlan
 
-FEW = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32
-"""Small numbers of copies, tried where a budget is shared out."""
+FEW = 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32
+"""Numbers of copies tried besides where a budget is shared out: the first copies gain most."""
 FEWEST, MOST = 4, 32
-"""Numbers of copies tried between none and all; four per slot of a rank within these."""
+"""Numbers of copies tried between none and all; two per slot of a rank within these."""
+COST = 2e-3
+"""How much higher than the best plan one may be, relative to it, that leaves no slot empty."""
 
 
 class Levels:
@@ -25,10 +27,20 @@ class Levels:
         self._layer = layer
         self._plans: dict[int, LayerPlan] = {}
 
+    def fullest(self) -> LayerPlan:
+        """The best plan, or one that is as low but for `COST` and has every copy there is room for: a load that lies on
+        more copies of its experts drifts less."""
+        best = self.best()
+        if self._layer.needs_no_packing:
+            return best
+        full = self._plan(self._layer.most_extra)
+        return full if full.height <= (1 + COST) * best.height else best
+
     def best(self) -> LayerPlan:
-        """The lowest plan found, for as many copies as there is room for: with all of them where that is low enough,
-        since a load that lies on more copies of its experts drifts less; else with any number of them."""
+        """The lowest plan found, with as many copies as one that is low enough can have."""
         layer = self._layer
+        if layer.needs_no_packing:
+            return layer.dealt()
         for extra in reversed(self._extras):
             if layer.bound(extra) <= layer.target and (plan := self._plan(extra)).height <= layer.target:
                 return plan
@@ -38,26 +50,25 @@ class Levels:
 
     def frontier(self) -> list[LayerPlan]:
         """Plans with rising `extra` and falling `height`, from the fewest copies to where more do not help."""
-        best = self.best()
+        best, target = self.best(), self._layer.target
         plans: list[LayerPlan] = []
         for extra in sorted({*self._few, *self._extras}):
             plan = self._plan(extra)
-            if not plans or plan.height < plans[-1].height:
+            if plan.height <= target or plan.height == best.height:
+                return [*plans, plan]
+            if plan.height > best.height and (not plans or plan.height < plans[-1].height):
                 plans.append(plan)
-            if plan.height <= self._layer.target:
-                return plans
-        return [*(plan for plan in plans if plan.height > best.height), best]
+        return [*(plan for plan in plans if plan.extra < best.extra), best]
 
     @cached_property
     def _few(self) -> list[int]:
-        """The first copies gain most: these lie below the second of `_extras`."""
-        least, second = self._extras[0], self._extras[min(1, len(self._extras) - 1)]
-        return [least + copies for copies in FEW if least + copies < second]
+        layer = self._layer
+        return [layer.least_extra + copies for copies in FEW if layer.least_extra + copies < layer.most_extra]
 
     @cached_property
     def _extras(self) -> list[int]:
         least, most = self._layer.least_extra, self._layer.most_extra
-        count = int(np.clip(4 * -(-most // len(self._layer.capacity)), FEWEST, MOST))
+        count = int(np.clip(2 * -(-most // len(self._layer.capacity)), FEWEST, MOST))
         return sorted({least + (most - least) * step // count for step in range(count + 1)})
 
     def _plan(self, extra: int) -> LayerPlan:

@@ -29,7 +29,7 @@ def omni(problem: Problem) -> Layout:
     ]
     levels = [Levels(layer) for layer in layers]
     if problem.budget is None:
-        plans = [level.best() for level in levels]
+        plans = [level.fullest() for level in levels]
     else:
         plans = share_budget([level.frontier() for level in levels], problem.extra_replicas)
     if problem.topology.num_groups > 1 and problem.topology.hosts[-1] > 0:
