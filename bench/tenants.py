@@ -49,7 +49,7 @@ WAIT_S = 120.0
 class Scene:
     """`flood_load`: of what the prefill engines can compute, the share that the flood alone asks for."""
 
-    prefill: int = 8
+    prefill: int = 16
     decode: int = 2
     prompt_tokens: int = 1500
     quiet_per_s: float = 1.5
@@ -122,7 +122,8 @@ def measured(scene: Scene, say: Console) -> list[Row]:
                 # Nobody's rates are limited: what protects the quiet is the queue alone.
                 flow = {"fairness": fairness, "ttl_s": 10, "max_requests": 100_000, "max_tenant_requests": 100_000}
                 with proxy(shape, stack, {"flow": flow}, Path(folder)) as at:
-                    warm = [replace(order, at_s=order.at_s / 10) for order in orders_of(scene, QUIET[0], 4.0, "warm")]
+                    # Of a tenant of its own: what one has had counts against it.
+                    warm = [replace(order, at_s=order.at_s / 10) for order in orders_of(scene, "warm", 4.0, "warm")]
                     asyncio.run(ask(at, warm))
                     answered[name] += asyncio.run(ask(at, orders))
     fleet = f"{shape.title}, processes"
@@ -186,7 +187,7 @@ def counts(row: Row) -> tuple[int, int, int, int]:
 
 def main(
     quick: Annotated[bool, typer.Option(help="One short round")] = False,
-    prefill: Annotated[int, typer.Option(min=0, help="Prefill engine processes; 0: the virtual clock alone")] = 8,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill engine processes; 0: the virtual clock alone")] = 16,
     flood_load: Annotated[float, typer.Option(min=0.1, help="Of the engines' capacity, by the flood alone")] = 2.0,
     seconds: Annotated[float | None, typer.Option(min=2, help="Of each round; default 40, quick 8")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; default 3, quick 1")] = None,

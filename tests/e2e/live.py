@@ -126,6 +126,19 @@ class LiveStack:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    @contextlib.contextmanager
+    def stopped(self, *names: str) -> Iterator[None]:
+        """Services that stand still, so that what they are asked for is not over before it can be looked at."""
+        pids = [self.pid(name) for name in names]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout_s)
 

@@ -1,6 +1,7 @@
 """Experts move under load on a real engine of two ranks: the load is evened, answers stay, crashes leave no ruin."""
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -96,27 +97,27 @@ def assert_same(before: Any, after: Any) -> None:
 
 @contextmanager
 def load(stack: LiveStack) -> Iterator[Counter[str]]:
-    """Skewed prompts, two at a time, until the block is left; what became of each is counted."""
+    """Skewed prompts, one after the other, until the block is left; what became of each is counted."""
     outcomes: Counter[str] = Counter()
     stop = threading.Event()
 
-    def client(index: int) -> None:
-        while not stop.is_set():
+    def client() -> None:
+        for prompt in itertools.cycle(SKEWED):
+            if stop.is_set():
+                return
             try:
-                answer(stack, SKEWED[index % len(SKEWED)], 4)
+                answer(stack, prompt, 4)
                 outcomes["complete"] += 1
             except (AssertionError, httpx.HTTPError) as error:
                 outcomes[f"{type(error).__name__}: {str(error)[:200]}"] += 1
-            index += 1
 
-    with ThreadPoolExecutor(2) as pool:
-        clients = [pool.submit(client, i) for i in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(client)
         try:
             yield outcomes
         finally:
             stop.set()
-            for each in clients:
-                each.result()
+            asking.result()
 
 
 def metric(stack: LiveStack, name: str) -> float:
@@ -131,7 +132,7 @@ def total(stack: LiveStack, what: str) -> float:
     return metric(stack, f"omni_worker_expert_{what}_total")
 
 
-def imbalance(stack: LiveStack, windows: int = 2) -> float:
+def imbalance(stack: LiveStack, windows: int = 1) -> float:
     """Slowest over mean rank, the median of so many windows to come, the first of which has begun."""
     seen: list[float] = []
     for _ in range(windows + 1):
@@ -213,10 +214,9 @@ def test_skewed_load_is_evened_and_nobody_notices(stack: LiveStack) -> None:
 def test_the_placement_service_dies_in_the_middle_of_a_migration(stack: LiveStack) -> None:
     before = answers(stack)
     with load(stack) as outcomes:
-        # Many rounds, of which none or few can be over.
-        version = publish(stack, solver="round_robin")
-        stack.kill("placement")
-        assert metric(stack, "omni_worker_expert_layout_version") < version, "the migration had ended"
+        with stack.stopped(WORKER):
+            version = publish(stack, solver="round_robin")
+            stack.kill("placement")
         while_gone = answers(stack)
         eventually("the migration is brought to its end", lambda: follows(stack), CATCH_UP_TIMEOUT_S)
     assert layout_in_force(stack).layout_version >= version
