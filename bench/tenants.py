@@ -84,10 +84,15 @@ def orders_of(scene: Scene, tenant: str, per_s: float, seed: str) -> list[Order]
     rng, at_s = random.Random(seed), 0.0
     orders: list[Order] = []
     while (at_s := at_s + rng.expovariate(per_s)) < scene.seconds:
-        tokens = [rng.randrange(300, 1000) for _ in range(scene.prompt_tokens)]
+        tokens = [rng.randrange(300, 1000) for _ in range(length_of(tenant, scene.prompt_tokens, rng))]
         body = body_of("tiny-moe", tokens, OUTPUT_TOKENS)
         orders.append(Order(at_s, body, len(tokens), OUTPUT_TOKENS, {"x-omni-tenant": tenant}))
     return orders
+
+
+def length_of(tenant: str, mean_tokens: int, rng: random.Random) -> int:
+    """The flood's prompts are of all lengths about the mean: equal ones would keep all engines in step for ever."""
+    return rng.randrange(mean_tokens // 2, mean_tokens * 3 // 2) if tenant == FLOOD else mean_tokens
 
 
 async def ask(at: Proxy, orders: Sequence[Order]) -> list[tuple[str, Answer]]:
@@ -154,8 +159,9 @@ def arrivals(scene: Scene, tenant: str, per_s: float) -> Iterator[Request]:
     """Poisson arrivals of prompts that share nothing."""
     rng, at_s = random.Random(tenant), 0.0
     while (at_s := at_s + rng.expovariate(per_s)) < scene.virtual_seconds:
-        keys = tuple(rng.randbytes(16) for _ in range(scene.virtual_tokens // BLOCK_TOKENS))
-        yield Request(at_s, scene.virtual_tokens, OUTPUT_TOKENS, keys, tenant)
+        tokens = length_of(tenant, scene.virtual_tokens, rng)
+        keys = tuple(rng.randbytes(16) for _ in range(tokens // BLOCK_TOKENS))
+        yield Request(at_s, tokens, OUTPUT_TOKENS, keys, tenant)
 
 
 def notes_of(scene: Scene, rows: Sequence[Row]) -> list[str]:
@@ -165,10 +171,10 @@ def notes_of(scene: Scene, rows: Sequence[Row]) -> list[str]:
     verdicts = [verdict(fleet, cases["alone"], cases["flooded"]) for fleet, cases in by_fleet.items()]
     return [
         *verdicts,
-        f"processes: prompts of {scene.prompt_tokens} tokens take {PREFILL_MS[0]:g} ms + {PREFILL_MS[1]:g} ms per "
-        f"token; two quiet tenants with {scene.quiet_per_s:g} requests/s each, one with {scene.flood_load:g} times the "
-        f"{scene.capacity_per_s:.0f} requests/s that engines can compute; {scene.repeats} rounds of "
-        f"{scene.seconds:g} s; what waits longer than 10 s is refused",
+        f"processes: prompts of {scene.prompt_tokens} tokens (the flood's of half to one and a half times that) take "
+        f"{PREFILL_MS[0]:g} ms + {PREFILL_MS[1]:g} ms per token; two quiet tenants of {scene.quiet_per_s:g} requests/s "
+        f"each, one of {scene.flood_load:g} times the {scene.capacity_per_s:.0f} requests/s that they can compute; "
+        f"{scene.repeats} rounds of {scene.seconds:g} s; what waits longer than 10 s is refused",
         f"virtual: the engines of bench/scheduler.py, prompts of {scene.virtual_tokens} tokens, each quiet tenant 5% "
         f"of what they can compute, {scene.virtual_seconds:g} s",
         f"machine: {machine()}",
