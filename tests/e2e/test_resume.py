@@ -1,6 +1,8 @@
 """A worker dies in the middle of a request on real engines: the client sees what an undisturbed run would have said."""
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -131,14 +133,19 @@ def margin_at(choice: dict[str, Any], character: int) -> float:
 
 
 def under_way(stack: LiveStack, pool: ThreadPoolExecutor) -> tuple[dict[str, Told], list[Future[None]]]:
-    """A stream of each kind, none of them at its end; on a busy machine one may be before another has well begun."""
+    """A stream of each kind, none at its end, on a worker that then stands still.
+
+    On a busy machine one may end before another has well begun.
+    """
     for _ in range(3):
         told = {kind: Told() for kind in KINDS}
         listeners = [pool.submit(listen, stack, body(stack, kind), stream) for kind, stream in told.items()]
         for stream in told.values():
             stream.wait_tokens(BEFORE_THE_KILL)
+        os.kill(stack.pid("decode-0"), signal.SIGSTOP)
         if all(stream.tokens < TOKENS for stream in told.values()):
             return told, listeners
+        os.kill(stack.pid("decode-0"), signal.SIGCONT)
         for listener in listeners:
             listener.result(120)
     raise AssertionError("some stream always ends before all have begun")
