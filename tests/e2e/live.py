@@ -90,11 +90,12 @@ class LiveStack:
         )
 
     def wait_healthy(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Until `omni status` finds nothing wrong."""
+        """Until `omni up` says so, which from then on restarts what dies, and `omni status` finds nothing wrong."""
 
         def healthy() -> bool:
-            assert self._up.poll() is None, f"omni up ended: {(self._home / 'up.log').read_text()[-3000:]}"
-            return self.omni("status", "--json", check=False).returncode == 0
+            told = (self._home / "up.log").read_text()
+            assert self._up.poll() is None, f"omni up ended: {told[-3000:]}"
+            return f"{self.name} is healthy" in told and self.omni("status", "--json", check=False).returncode == 0
 
         eventually("the stack is healthy", healthy, timeout_s)
 
@@ -146,9 +147,9 @@ class LiveStack:
         return (self._home / self.name / "logs" / f"{name}.log").read_text()
 
     def last_words(self) -> str:
-        """The ends of all logs, for a test that fails."""
-        logs = [self._home / "up.log", *sorted((self._home / self.name / "logs").glob("*.log"))]
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in logs)
+        """The ends of all logs, for a test that fails; the proxy's first."""
+        logs = sorted((self._home / self.name / "logs").glob("*.log"), key=lambda log: log.name != "proxy.log")
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-1000:]}" for log in [self._home / "up.log", *logs])
 
     def close(self) -> None:
         if self._up.poll() is None:

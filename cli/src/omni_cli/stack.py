@@ -79,7 +79,7 @@ class Stack:
             progress.update([self._row(name, health) for name, health in healths.items()])
             for name, child in self._children.items():
                 if (code := child.exit_code) is not None:
-                    raise StartFailed(name, f"{name} ended with exit code {code} before it was ready")
+                    raise StartFailed(name, f"{name} ended with exit code {code} before the stack was healthy")
             late = [name for name, health in healths.items() if health.phase is not Phase.READY]
             if not late and await self._sees_all_workers():
                 self.is_healthy = True
