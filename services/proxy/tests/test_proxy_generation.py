@@ -352,7 +352,7 @@ async def test_tools_are_rendered_and_calls_are_parsed(start):
     worker.offset, worker.stops_at = 0, len(worker.script)
     whole = (await stack.chat(tools=[tool], max_tokens=100)).json()["choices"][0]
     assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", "Wait. ")
-    assert whole["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at":1}'}
+    assert whole["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": 1}'}
     streamed = await stack.chat(tools=[tool], max_tokens=100, stream=True)
     deltas = [c["delta"] for e in events(streamed.text) for c in e["choices"]]
     (call,) = [c for d in deltas for c in d.get("tool_calls", [])]
@@ -360,6 +360,22 @@ async def test_tools_are_rendered_and_calls_are_parsed(start):
     assert streamed_text(streamed.text) == "Wait. "
     untouched = (await stack.chat(tools=[tool], max_tokens=100, tool_choice="none")).json()["choices"][0]
     assert (untouched["message"]["content"], untouched["finish_reason"]) == (said, "stop")
+
+
+async def test_reasoning_is_told_apart_from_content(start):
+    stack = await start("d", settings={"output_format": "qwen3"})
+    said = "<think>Hm, a story.</think>The fox jumps."
+    worker = stack["d"]
+    worker.script = (await stack.client.post("/tokenize", json={"prompt": said})).json()["tokens"]
+    worker.offset, worker.stops_at = 0, len(worker.script)
+    whole = (await stack.chat(max_tokens=100)).json()["choices"][0]["message"]
+    assert (whole["reasoning"], whole["content"]) == ("Hm, a story.", "The fox jumps.")
+    streamed = await stack.chat(max_tokens=100, stream=True)
+    deltas = [c["delta"] for e in events(streamed.text) for c in e["choices"]]
+    assert "".join(d.get("reasoning", "") for d in deltas) == "Hm, a story."
+    assert streamed_text(streamed.text) == "The fox jumps."
+    silent = (await stack.chat(max_tokens=100, include_reasoning=False)).json()["choices"][0]["message"]
+    assert (silent.get("reasoning"), silent["content"]) == (None, "The fox jumps.")
 
 
 async def test_status_pages(start):

@@ -1,4 +1,4 @@
-"""Tokens to text: exactness over any split, stop strings, tool calls, templates."""
+"""Tokens to text: exactness over any split, stop strings, templates."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ from omni_common.errors import InvalidRequest
 from omni_proxy.detokenize import MAX_HELD_BYTES
 from omni_proxy.stops import StopMatcher
 from omni_proxy.text import ModelText
-from omni_proxy.toolcalls import ToolCallParser
 
 TINY_MOE = Path(__file__).parents[3] / "models" / "tiny-moe"
 
@@ -99,33 +98,6 @@ def test_stops_do_not_depend_on_the_cut(pieces, stops, include):
     else:
         shown += matcher.flush()
     assert (shown, matcher.matched) == whole_cut("".join(pieces), stops, include)
-
-
-CALL = '<tool_call>\n{"name": "look", "arguments": {"at": 1}}\n</tool_call>'
-
-
-@pytest.mark.parametrize(
-    ("output", "shown", "names"),
-    [
-        pytest.param("plain text", "plain text", [], id="none"),
-        pytest.param(f"Let me see.{CALL}", "Let me see.", ["look"], id="after text"),
-        pytest.param(f"{CALL}\n{CALL}", "", ["look", "look"], id="two"),
-        pytest.param("<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", [], id="no call"),
-        pytest.param('<tool_call>{"name": "lo', '<tool_call>{"name": "lo', [], id="cut off"),
-        pytest.param("a < b <tool", "a < b <tool", [], id="looks like one"),
-    ],
-)
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_tool_calls(output, shown, names, size):
-    parser = ToolCallParser()
-    text, calls = "", []
-    for at in range(0, len(output), size):
-        more, found = parser.push(output[at : at + size])
-        text += more
-        calls += found
-    text += parser.flush()
-    assert (text, [c.name for c in calls]) == (shown, names)
-    assert all(json.loads(c.arguments) == {"at": 1} for c in calls)
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
@@ -17,8 +17,8 @@ from omni_proxy.eager_send import EagerSend
 from omni_proxy.generation import Generation
 from omni_proxy.openai_answers import DONE, Envelope, Events, Usage, WholeChoice, usage_event
 from omni_proxy.openai_errors import error_body, error_event, error_headers, status_of
+from omni_proxy.output_parser import OutputParser, Parts, Reading
 from omni_proxy.ports import FinishReason, LogprobRow
-from omni_proxy.toolcalls import ToolCall, ToolCallParser
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,16 @@ RowsToJson = Callable[[Sequence[LogprobRow], int], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How one API writes its answers. `echoes` are the prompts to repeat, by choice; `rows_to_json` takes an offset."""
+    """How one API writes its answers. `echoes` are the prompts to repeat, by choice; `rows_to_json` takes an offset.
+
+    `reading` is set where outputs hold more than content.
+    """
 
     make_events: Callable[[Envelope, int], Events]
     object_name: str
     whole: Callable[[Envelope, Sequence[WholeChoice], Usage], bytes]
     rows_to_json: RowsToJson | None = None
-    parses_tool_calls: bool = False
+    reading: Reading | None = None
     echoes: Sequence[str] = ()
 
 
@@ -145,7 +148,7 @@ class StreamWriter:
         self._form = form
         self._continuous = continuous
         self._states = [_StreamState(form.make_events(envelope, c.index)) for c in generation.choices]
-        if not (form.parses_tool_calls or form.rows_to_json or form.echoes or continuous):
+        if not (form.reading or form.rows_to_json or form.echoes or continuous):
             for choice, state in zip(generation.choices, self._states, strict=True):
                 choice.outlet = _StreamOutlet(send, state)
 
@@ -166,7 +169,7 @@ class StreamWriter:
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _full_piece(self, state: "_StreamState", choice: Choice, piece: Piece) -> bytes:
-        """Everything but plain text: opening, log-probabilities, tool calls, usage, closing."""
+        """Everything but plain text: opening, reasoning, log-probabilities, tool calls, usage, closing."""
         parts: list[bytes] = []
         usage = self._generation.usage_of(choice) if self._continuous else None
         if not state.opened:
@@ -174,23 +177,36 @@ class StreamWriter:
             parts.append(state.events.opening())
             if self._form.echoes:
                 parts.append(state.events.text(self._form.echoes[choice.index], None, None))
-        text, calls = piece.text, list[ToolCall]()
-        if self._form.parses_tool_calls:
-            text, calls = state.calls.push(text)
-            text += state.calls.flush() if piece.finish_reason is not None else ""
+        found = self._read(state, piece)
         rows = (
             self._form.rows_to_json(piece.logprobs, state.length)
             if self._form.rows_to_json and piece.logprobs
             else None
         )
-        state.length += len(text)
-        if text or rows:
-            parts.append(state.events.text(text, rows, usage))
-        if calls:
-            parts.append(state.events.calls(calls, len(state.calls.calls) - len(calls)))
+        state.length += len(found.content)
+        if found.reasoning:
+            parts.append(state.events.reasoning(found.reasoning, usage))
+        if found.content or rows:
+            parts.append(state.events.text(found.content, rows, usage))
+        if found.calls:
+            parts.append(state.events.calls(found.calls, state.num_calls))
+            state.num_calls += len(found.calls)
         if piece.finish_reason is not None:
-            parts.append(state.events.closing(_finish(piece.finish_reason, state.calls), piece.stop, usage))
+            finish = _finish(piece.finish_reason, has_calls=state.num_calls > 0)
+            parts.append(state.events.closing(finish, piece.stop, usage))
         return b"".join(parts)
+
+    def _read(self, state: "_StreamState", piece: Piece) -> Parts:
+        if self._form.reading is None:
+            return Parts(content=piece.text)
+        if state.parser is None:
+            state.parser = OutputParser(self._form.reading)
+        found = state.parser.push(piece.text)
+        if piece.finish_reason is not None:
+            rest = state.parser.flush()
+            found.reasoning += rest.reasoning
+            found.content += rest.content
+        return found
 
 
 class WholeWriter:
@@ -216,22 +232,18 @@ class WholeWriter:
         await send_whole(self._send, 200, self._generation.headers() | {"content-type": "application/json"}, body)
 
     def _whole_choice(self, index: int, pieces: Sequence[Piece]) -> WholeChoice:
-        text = "".join(piece.text for piece in pieces)
+        found = _read_whole("".join(piece.text for piece in pieces), self._form.reading)
         last = pieces[-1]
-        parser = ToolCallParser()
-        if self._form.parses_tool_calls:
-            shown, _ = parser.push(text)
-            text = shown + parser.flush()
-        if self._form.echoes:
-            text = self._form.echoes[index] + text
+        text = self._form.echoes[index] + found.content if self._form.echoes else found.content
         rows = [row for piece in pieces for row in piece.logprobs]
         return WholeChoice(
             index=index,
             text=text,
-            finish_reason=_finish(last.finish_reason, parser),
+            finish_reason=_finish(last.finish_reason, has_calls=bool(found.calls)),
             stop=last.stop,
             logprobs=self._form.rows_to_json(rows, 0) if self._form.rows_to_json else None,
-            tool_calls=parser.calls,
+            tool_calls=found.calls,
+            reasoning=found.reasoning or None,
         )
 
 
@@ -271,7 +283,8 @@ class _StreamState:
     events: Events
     opened: bool = False
     length: int = 0
-    calls: ToolCallParser = field(default_factory=ToolCallParser)
+    num_calls: int = 0
+    parser: OutputParser | None = None
 
 
 async def send_whole(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
@@ -286,8 +299,16 @@ async def send_whole(send: Send, status: int, headers: Mapping[str, str], body: 
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _finish(reason: FinishReason | None, parser: ToolCallParser) -> str:
-    if reason is FinishReason.STOP and parser.calls:
+def _read_whole(text: str, reading: Reading | None) -> Parts:
+    if reading is None:
+        return Parts(content=text)
+    parser = OutputParser(reading)
+    found, rest = parser.push(text), parser.flush()
+    return Parts(found.reasoning + rest.reasoning, found.content + rest.content, found.calls)
+
+
+def _finish(reason: FinishReason | None, *, has_calls: bool) -> str:
+    if reason is FinishReason.STOP and has_calls:
         return "tool_calls"
     return str(reason or FinishReason.ERROR)
 

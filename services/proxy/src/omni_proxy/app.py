@@ -64,7 +64,7 @@ class Proxy:
 @asynccontextmanager
 async def running(settings: Settings, registry: CollectorRegistry, tracer: Tracer) -> AsyncIterator[Proxy]:
     """Build the proxy and keep its connections while the block runs."""
-    text = ModelText(settings.model_dir)
+    text = ModelText(settings.model_dir, settings.output_format)
     metrics = Metrics(registry)
     # Before anything is served: the first lookup and choice would hold up the event loop for seconds.
     await asyncio.to_thread(warm_up_index)

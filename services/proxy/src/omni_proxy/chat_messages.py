@@ -49,6 +49,10 @@ def _message(fields: Fields, message: Mapping[str, Any]) -> Mapping[str, Any]:
     if content is None and not (role == "assistant" and calls):
         raise fields.refuse("content", "is required", "missing_parameter")
     result = {**message, "role": _ROLES[role], "content": content or ""}
+    reasoning = fields.text("reasoning") or fields.text("reasoning_content")
+    if reasoning is not None:
+        # Templates read one name or the other.
+        result |= {"reasoning": reasoning, "reasoning_content": reasoning}
     if calls:
         result["tool_calls"] = calls
     else:

@@ -45,6 +45,7 @@ class Generation:
         caller: Caller = NOBODY,
         explains: bool = False,
         rate_headers: Mapping[str, str] | None = None,
+        show_marks: bool = False,
     ) -> None:
         self.request_id = request_id
         self.caller = caller
@@ -55,6 +56,7 @@ class Generation:
         self._trace = trace
         self._n = options.n
         self._prompts = prompts
+        self._show_marks = show_marks
         # A client may send the same request id twice; engines need distinct ones.
         stem = f"{request_id}-{secrets.token_hex(4)}"
         self.choices = [
@@ -186,7 +188,7 @@ class Generation:
         sampling = replace(options.sampling, max_tokens=max_tokens, seed=seed)
         job = SequenceJob(sequence_id, prompt, sampling, self.deadline, self.caller, self._arrived)
         run = SequenceRun(scheduler, job, self._trace)
-        detokenizer = text.detokenizer(skip_special_tokens=options.skip_special_tokens)
+        detokenizer = text.detokenizer(skip_special_tokens=options.skip_special_tokens, show_marks=self._show_marks)
         return Choice(index, run, detokenizer, options.rules)
 
 

@@ -34,6 +34,7 @@ from omni_proxy.openai_answers import (
 from omni_proxy.openai_errors import error_body, error_headers, status_of
 from omni_proxy.openai_logprobs import chat_logprobs, completion_logprobs
 from omni_proxy.openai_requests import Options, Served, parse_chat, parse_completion, parse_json
+from omni_proxy.output_parser import Reading
 from omni_proxy.prompt_requests import parse_detokenize, parse_tokenize
 from omni_proxy.scheduling.request import Caller
 from omni_proxy.sequence import Scheduler
@@ -62,10 +63,12 @@ class Api:
         rows = None
         if chat.options.sampling.logprobs is not None:
             rows = lambda found, _: chat_logprobs(found, self.text.token_text)  # noqa: E731
-        form = Form(ChatEvents, ChatEvents.object_name, chat_answer, rows, chat.parses_tool_calls)
+        reading = Reading(self.text.format, chat.reads_calls, chat.shows_reasoning)
+        form = Form(ChatEvents, ChatEvents.object_name, chat_answer, rows, reading if reading.is_needed else None)
 
         async def prompts() -> list[Sequence[int]]:
             rendered = self.text.render(chat.messages, tools=chat.tools or None, **chat.template)
+            reading.saw_prompt(rendered)
             return [await self.text.encode(rendered, add_special_tokens=False)]
 
         return await self._generate(request, "chatcmpl", chat.options, 1, prompts, form, "messages")
@@ -139,7 +142,7 @@ class Api:
             generation = Generation(
                 self.scheduler, self.text, options, prompts, limits, request_id_of(request),
                 self.limits.request_timeout_s, trace, visit.caller, explains=request.headers.get(EXPLAIN_HEADER) == "1",
-                rate_headers=visit.headers,
+                rate_headers=visit.headers, show_marks=form.reading is not None,
             )  # fmt: skip
         except BaseException:
             leave()

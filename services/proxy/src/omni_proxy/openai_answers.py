@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from omni_proxy.toolcalls import ToolCall
+from omni_proxy.output_parser import ToolCall
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "@@text@@"
@@ -57,6 +57,7 @@ class WholeChoice:
     stop: str | None = None
     logprobs: dict[str, Any] | None = None
     tool_calls: Sequence[ToolCall] = ()
+    reasoning: str | None = None
 
 
 class Events(Protocol):
@@ -65,6 +66,8 @@ class Events(Protocol):
     def opening(self) -> bytes: ...
 
     def text(self, text: str, logprobs: dict[str, Any] | None, usage: Usage | None) -> bytes: ...
+
+    def reasoning(self, text: str, usage: Usage | None) -> bytes: ...
 
     def calls(self, calls: Sequence[ToolCall], first_index: int) -> bytes: ...
 
@@ -86,6 +89,9 @@ class ChatEvents:
         if logprobs is None and usage is None:
             return b"".join((self._prefix, orjson.dumps(text), self._suffix))
         return self._event({"content": text}, None, logprobs, usage)
+
+    def reasoning(self, text: str, usage: Usage | None) -> bytes:
+        return self._event({"reasoning": text}, None, None, usage)
 
     def calls(self, calls: Sequence[ToolCall], first_index: int) -> bytes:
         entries = [{"index": first_index + i, **_call_body(call)} for i, call in enumerate(calls)]
@@ -124,6 +130,9 @@ class CompletionEvents:
             return b"".join((self._prefix, orjson.dumps(text), self._suffix))
         return self._event(text, None, logprobs, usage)
 
+    def reasoning(self, text: str, usage: Usage | None) -> bytes:
+        return b""
+
     def calls(self, calls: Sequence[ToolCall], first_index: int) -> bytes:
         return b""
 
@@ -153,6 +162,8 @@ def chat_answer(envelope: Envelope, choices: Sequence[WholeChoice], usage: Usage
     bodies = []
     for choice in choices:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning is not None:
+            message["reasoning"] = choice.reasoning
         if choice.tool_calls:
             message["tool_calls"] = [_call_body(call) for call in choice.tool_calls]
             message["content"] = choice.text or None

@@ -54,7 +54,8 @@ class ChatRequest:
     options: Options
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
-    parses_tool_calls: bool
+    reads_calls: bool
+    shows_reasoning: bool
     template: Mapping[str, Any]
 
 
@@ -92,7 +93,8 @@ def parse_chat(fields: Fields, served: Served) -> ChatRequest:
         options=_options(fields, served, 1, max_tokens, logprobs),
         messages=chat_messages(fields),
         tools=tools,
-        parses_tool_calls=bool(tools) and choice != "none",
+        reads_calls=bool(tools) and choice != "none",
+        shows_reasoning=fields.boolean("include_reasoning", True),
         template=template_variables(fields),
     )
 

@@ -20,6 +20,9 @@ class Settings(ServiceSettings):
     model_dir: Path = Field(description="Directory with tokenizer.json, tokenizer_config.json, config.json")
     served_model_name: str = Field("", description="Empty: the name of model_dir")
     model_aliases: tuple[str, ...] = Field((), description="Other names clients may ask for")
+    output_format: Literal["auto", "plain", "hermes", "qwen3", "deepseek", "pangu"] = Field(
+        "auto", description="How the model writes reasoning and tool calls; auto: as its chat template shows"
+    )
     generation_defaults: Literal["model", "none"] = Field(
         "model", description="Take temperature, top_p, top_k, ... defaults from generation_config.json or not"
     )

@@ -1,4 +1,4 @@
-"""Stop strings over text that arrives in pieces."""
+"""Stop strings and marks over text that arrives in pieces."""
 
 from collections.abc import Sequence
 
@@ -36,6 +36,35 @@ class StopMatcher:
         shown = buffer[: len(buffer) - keep]
         self._held = buffer[len(buffer) - keep :]
         return shown
+
+    def flush(self) -> str:
+        """What was held back, once it is certain that no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+class MarkFinder:
+    """Cuts text at the first of some marks, holding back only what may still become one."""
+
+    __slots__ = ("_firsts", "_held", "_marks")
+
+    def __init__(self, marks: Sequence[str]) -> None:
+        self._marks = tuple(marks)
+        self._firsts = frozenset(mark[0] for mark in marks)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None, str]:
+        """Text before the mark, the mark (None: not seen yet), and what follows it."""
+        if not self._held and self._firsts.isdisjoint(text):
+            return text, None, ""
+        buffer, self._held = self._held + text, ""
+        found = [(at, mark) for mark in self._marks if (at := buffer.find(mark)) >= 0]
+        if found:
+            at, mark = min(found)
+            return buffer[:at], mark, buffer[at + len(mark) :]
+        keep = max(_overlap(buffer, mark) for mark in self._marks)
+        self._held = buffer[len(buffer) - keep :]
+        return buffer[: len(buffer) - keep], None, ""
 
     def flush(self) -> str:
         """What was held back, once it is certain that no more text comes."""

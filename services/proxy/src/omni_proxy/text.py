@@ -6,7 +6,7 @@ same filters and globals that transformers uses, without importing it.
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from omni_common.errors import Internal, InvalidRequest
 from omni_proxy.detokenize import ByteFallbackDetokenizer, ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+from omni_proxy.output_formats import FORMATS, format_of
 
 _INLINE_CHARS = 8 * 1024
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -27,12 +28,17 @@ _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ModelText:
-    """Everything about text that the model directory says."""
+    """Everything about text that the model directory says.
 
-    def __init__(self, model_dir: Path) -> None:
+    `output_format` is a name of FORMATS, or auto: as the chat template shows.
+    """
+
+    def __init__(self, model_dir: Path, output_format: str = "auto") -> None:
         self._tokenizer = _load_tokenizer(model_dir)
         config = _read_json(model_dir / "tokenizer_config.json")
-        self._template = _load_template(model_dir, config)
+        source = _template_source(model_dir, config)
+        self._template = None if source is None else _compiled(source)
+        self.format = format_of(source or "") if output_format == "auto" else FORMATS[output_format]
         self._template_tokens = {
             name: token if isinstance(token, str) else token.get("content", "")
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -44,8 +50,13 @@ class ModelText:
         self.context_length: int | None = config_json.get("max_position_embeddings")
         known = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.vocab_size: int = max(known, int(config_json.get("vocab_size") or 0))
-        self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
-        self._make: Mapping[bool, Callable[[], Detokenizer]] = {s: self._detokenizers(s) for s in (True, False)}
+        special = {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        marks = self.format.marks
+        self._make: Mapping[tuple[bool, bool], Callable[[], Detokenizer]] = {
+            (True, False): self._detokenizers(frozenset(special)),
+            (True, True): self._detokenizers(frozenset(i for i, text in special.items() if text not in marks)),
+            (False, False): self._detokenizers(frozenset()),
+        }
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids; long texts are tokenized in a thread so that streams keep flowing."""
@@ -56,13 +67,13 @@ class ModelText:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
-        """A fresh detokenizer for one sequence."""
-        return self._make[skip_special_tokens]()
+    def detokenizer(self, *, skip_special_tokens: bool, show_marks: bool = False) -> Detokenizer:
+        """A fresh detokenizer for one sequence. `show_marks` keeps special tokens that bracket parts of an output."""
+        return self._make[skip_special_tokens, skip_special_tokens and show_marks]()
 
     def token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text (U+FFFD for parts of characters) and as bytes, for log-probabilities."""
-        detokenizer = self._make[False]()
+        detokenizer = self._make[False, False]()
         if isinstance(detokenizer, ByteLevelDetokenizer):
             data = self._bytes[token_id] if token_id < len(self._bytes) else b""
             return data.decode("utf-8", "replace"), data
@@ -98,20 +109,21 @@ class ModelText:
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
-    def _detokenizers(self, skip_special: bool) -> Callable[[], Detokenizer]:
+    def _detokenizers(self, hidden: Set[int]) -> Callable[[], Detokenizer]:
         tokens = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
-        hidden = self._special if skip_special else set[int]()
         kinds = _decoder_kinds(self._tokenizer)
         if kinds == ["ByteLevel"]:
             table = [b"" if t is None or i in hidden else _byte_level(t) for i, t in enumerate(tokens)]
-            if not skip_special:
+            if not hidden:
                 self._bytes = table
             return lambda: ByteLevelDetokenizer(table)
         if kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"]):
             pieces = ["" if t is None or i in hidden else _byte_fallback(t) for i, t in enumerate(tokens)]
             return lambda: ByteFallbackDetokenizer(pieces, kinds[-1] == "Strip")
         tokenizer = self._tokenizer
-        return lambda: WindowDetokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=skip_special)))
+        return lambda: WindowDetokenizer(
+            lambda ids: str(tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False))
+        )
 
 
 def _load_tokenizer(model_dir: Path) -> Tokenizer:
@@ -128,13 +140,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _load_template(model_dir: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
+def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
     path = model_dir / "chat_template.jinja"
     source = path.read_text() if path.exists() else config.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
-        return None
+    return None if source is None else str(source)
+
+
+def _compiled(source: str) -> jinja2.Template:
     template = _environment().from_string(source)
     # Every rendering copies them, which takes long for the chain of mappings that jinja makes here.
     template.globals = dict(template.globals)
