@@ -17,8 +17,8 @@ import typer
 from prefixindex.timing import Latency, latency_of
 from prometheus_client import CollectorRegistry
 from rich.console import Console
-from rich.table import Table
 from sidebyside.machine import machine
+from sidebyside.tables import Block, markdown, show
 
 from omni_common.prefix_index import HBM, PrefixIndex, warm_up
 from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
@@ -209,20 +209,12 @@ def main(
     ]
     head = ("section", "case", "p50, us", "p99, us")
     cells = [(r.section, r.case, f"{r.latency.p50_us:.0f}", f"{r.latency.p99_us:.0f}") for r in rows]
-    table = Table(title="Scheduling decisions")
-    for title in head:
-        table.add_column(title, justify="left" if title in head[:2] else "right")
-    for line in cells:
-        table.add_row(*line)
-    console = Console()
-    console.print(table)
-    for note in notes:
-        console.print(f"- {note}", highlight=False, soft_wrap=True)
+    block = Block("Scheduling decisions", head, cells, names=2)
+    show([block], notes, Console())
     if json_file:
         json_file.write_text(json.dumps({"notes": notes, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if markdown_file:
-        lines = [f"| {' | '.join(line)} |" for line in (head, ["---", "---", "---:", "---:"], *cells)]
-        markdown_file.write_text("\n".join([*lines, "", *(f"- {note}" for note in notes), ""]))
+        markdown_file.write_text(markdown([block], notes))
 
 
 if __name__ == "__main__":

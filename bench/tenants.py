@@ -27,8 +27,8 @@ from livereplay.client import Answer, Order, body_of, replay
 from livereplay.processes import Proxy, Shape, engines, proxy
 from prefixindex.timing import latency_of
 from rich.console import Console
-from rich.table import Table
 from sidebyside.machine import machine
+from sidebyside.tables import Block, markdown, show
 from tracereplay.trace import BLOCK_TOKENS, Request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,19 +210,12 @@ def main(
     notes = notes_of(scene, rows)
     head = ("fleet", "quiet tenants", "TTFT p50, ms", "TTFT p99, ms", "requests", "failed", "flood's", "refused")
     cells = [(r.fleet, r.name, f"{r.p50_ms:.0f}", f"{r.p99_ms:.0f}", *map(str, counts(r))) for r in rows]
-    table = Table(title="Isolation of tenants (simulated engines)")
-    for title in head:
-        table.add_column(title, justify="left" if title in head[:2] else "right")
-    for line in cells:
-        table.add_row(*line)
-    console.print(table)
-    for note in notes:
-        console.print(f"- {note}", highlight=False, soft_wrap=True)
+    block = Block("Isolation of tenants (simulated engines)", head, cells, names=2)
+    show([block], notes, console)
     if json_file:
         json_file.write_text(json.dumps({"notes": notes, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if markdown_file:
-        lines = [f"| {' | '.join(line)} |" for line in (head, ["---", "---", *["---:"] * 6], *cells)]
-        markdown_file.write_text("\n".join([*lines, "", *(f"- {note}" for note in notes), ""]))
+        markdown_file.write_text(markdown([block], notes))
 
 
 if __name__ == "__main__":

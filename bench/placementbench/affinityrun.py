@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from prefixindex.report import Block
+from sidebyside.tables import Block
 
 from omni_placement.layout import Topology
 from omni_placement.solvers import SOLVERS

@@ -1,12 +1,10 @@
-"""The figures as tables: on a terminal, and as Markdown."""
+"""The figures as tables, and what the reader must know of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from prefixindex.report import Block
-from rich.console import Console
-from rich.table import Table
+from sidebyside.tables import Block
 
 from placementbench.contenders import DEEPSEEK, OURS, VLLM
 from placementbench.families import LATER, SOON
@@ -94,31 +92,3 @@ def notes_of(repeats: int, foreign: float) -> list[str]:
         f"plan: median of {repeats} warm runs on one thread, contenders in turns, imports and compilation not counted; "
         f"other programs used {foreign:.0%} of the machine",
     ]
-
-
-def show(blocks: Sequence[Block], lines: Iterable[str], console: Console) -> None:
-    for block in blocks:
-        table = Table(title=block.title)
-        for number, title in enumerate(block.head):
-            table.add_column(title, justify="left" if number < block.names else "right")
-        for row in block.rows:
-            table.add_row(*row)
-        console.print(table)
-        for note in block.notes:
-            console.print(f"- {note}", highlight=False, soft_wrap=True)
-    for line in lines:
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
-
-
-def markdown(blocks: Sequence[Block], lines: Iterable[str]) -> str:
-    """The same for a document."""
-    text: list[str] = []
-    for block in blocks:
-        marks = ["---"] * block.names + ["---:"] * (len(block.head) - block.names)
-        text += [f"### {block.title}", "", *map(_line, (block.head, marks, *block.rows)), ""]
-        text += [*(f"- {note}" for note in block.notes), *([""] if block.notes else [])]
-    return "\n".join([*text, *(f"- {line}" for line in lines), ""])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from prefixindex.report import Block
+from sidebyside.tables import Block
 
 from omni_placement.layout import Topology
 from omni_placement.problem import Problem

@@ -1,26 +1,11 @@
-"""The figures as tables: on a terminal, and as Markdown."""
+"""The figures as tables, and the goals."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from sidebyside.tables import Block
 
 from prefixindex.goals import goals_of
-
-Row = Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One table with the notes that a reader needs beside it; the first `names` columns are text."""
-
-    title: str
-    head: Row
-    rows: Sequence[Row]
-    names: int = 1
-    notes: Sequence[str] = ()
 
 
 def blocks_of(results: Mapping[str, Any]) -> list[Block]:
@@ -28,38 +13,10 @@ def blocks_of(results: Mapping[str, Any]) -> list[Block]:
     return [block for section, make in _BLOCKS.items() if section in results for block in make(results[section])]
 
 
-def show(results: Mapping[str, Any], foreign: Mapping[str, float], console: Console) -> None:
-    """Every table with its notes, then the goals; `foreign` has what other programs used while a section ran."""
-    for block in blocks_of(results):
-        table = Table(title=block.title)
-        for number, title in enumerate(block.head):
-            table.add_column(title, justify="left" if number < block.names else "right")
-        for row in block.rows:
-            table.add_row(*row)
-        console.print(table)
-        for note in block.notes:
-            console.print(f"- {note}", highlight=False, soft_wrap=True)
-    for line in _last(results, foreign):
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
-
-
-def markdown(results: Mapping[str, Any], foreign: Mapping[str, float]) -> str:
-    """The same for a document."""
-    lines: list[str] = []
-    for block in blocks_of(results):
-        marks = ["---"] * block.names + ["---:"] * (len(block.head) - block.names)
-        lines += [f"### {block.title}", "", *map(_line, (block.head, marks, *block.rows)), ""]
-        lines += [*(f"- {note}" for note in block.notes), *([""] if block.notes else [])]
-    return "\n".join([*lines, "### Goals", "", *(f"- {line}" for line in _last(results, foreign)), ""])
-
-
-def _last(results: Mapping[str, Any], foreign: Mapping[str, float]) -> list[str]:
+def last_lines(results: Mapping[str, Any], foreign: Mapping[str, float]) -> list[str]:
+    """The goals; `foreign` has what other programs used while a section ran."""
     shares = ", ".join(f"{section} {share:.0%}" for section, share in foreign.items())
     return [*map(str, goals_of(results)), f"other programs used of the machine during: {shares}"]
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _tokens(blocks: int) -> str:

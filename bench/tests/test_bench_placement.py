@@ -13,11 +13,12 @@ from placementbench.contenders import DEEPSEEK, OURS, VLLM, Contender, contender
 from placementbench.families import FAMILIES, TOKENS, Drift, Loads, Shape
 from placementbench.goals import goals_of
 from placementbench.measure import Cell, Wrong, measure, new_copies, rank_loads
-from placementbench.report import blocks_of, markdown, notes_of
+from placementbench.report import blocks_of, notes_of
 from placementbench.router import Routed, stretched
 from placementbench.shapes import SYSTEMS, Model, System
 from placementbench.sharing import sharing_block, sharing_records
 from placementbench.texts import KINDS, texts
+from sidebyside.tables import markdown
 
 from omni_placement.layout import EMPTY, Layout, Topology
 from omni_placement.problem import Problem

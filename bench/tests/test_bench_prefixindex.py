@@ -12,10 +12,15 @@ from prefixindex.others import Others
 from prefixindex.population import populate
 from prefixindex.redispath import RedisDuties, measure_redis
 from prefixindex.replica import Duties, Wrong, check, measure_lookups, measure_memory
-from prefixindex.report import markdown
+from prefixindex.report import blocks_of, last_lines
 from prefixindex.sections import median_of
+from sidebyside.tables import markdown
 
 LENGTHS = (16, 1100)
+
+
+def report(results: dict[str, Any], foreign: dict[str, float] | None = None) -> str:
+    return markdown(blocks_of(results), last_lines(results, foreign or {}), heading="Goals")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def test_redis_is_measured_beside_one_command_per_block(replica_figures: dict[st
     for about, row in ours.items():
         assert row["round_trips"] == row["commands_by_name"]["evalsha"] == 1
         assert 1 < row["commands"] < theirs[about]["commands"]
-    text = markdown({"replica": [replica_figures], "redis": [figures]}, {"redis": 0.25})
+    text = report({"replica": [replica_figures], "redis": [figures]}, {"redis": 0.25})
     assert "Through Redis" in text and "redis 25%" in text
     assert len(goals_of({"replica": [replica_figures], "redis": [figures]})) == 7
 
@@ -88,13 +93,13 @@ def test_every_event_reaches_every_watch(load: Load) -> None:
     assert (figures["delay"] is not None) == bool(load.interval_s)
     assert ("profile" in figures) == (not load.interval_s)
     rows = [{"name": load.name, "runs": [figures], "median": median_of([figures]), "profile": figures.get("profile")}]
-    assert load.name in markdown({"process": rows}, {})
+    assert load.name in report({"process": rows})
 
 
 def test_keys_of_a_second_turn_hash_its_tail_alone() -> None:
     figures = measure_keys(8192, 1024, 5, 0.5, seed=1)
     assert figures["list"]["hashed_blocks"] == figures["array"]["hashed_blocks"] == 64
-    assert "8,192 tokens" in markdown({"keys": figures}, {})
+    assert "8,192 tokens" in report({"keys": figures})
 
 
 def test_medians_reach_into_mappings_and_leave_text_alone() -> None:
