@@ -23,12 +23,12 @@ from deepseek_tiny import TINY_MOE, random_weight
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 
-VOCAB = 2048
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD, DENSE = 128, 3, 4, 2, 32, 256
 Q_RANK, KV_RANK, ROPE, NOPE, VALUE = 96, 512, 64, 128, 128
 EXPERTS, EXPERT = 16, 64
 # Turns, tool calls, reasoning: the places openPangu gives these in its vocabulary.
 SPECIAL = tuple(f"[unused{number}]" for number in (9, 10, 11, 12, 16, 17))
+VOCAB = 1536 + len(SPECIAL)
 TEMPLATE = (
     "{%- if messages[0].role != 'system' %}{{ '[unused9]系统：[unused10]' }}{% endif -%}"
     "{%- for m in messages -%}"
@@ -149,7 +149,7 @@ def make(out: Path, shape: str, seed: int = 0) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(TINY_MOE / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    assert tokenizer.get_vocab_size() <= VOCAB
+    assert tokenizer.get_vocab_size() == VOCAB
     tokenizer.save(str(out / "tokenizer.json"))
     eos = tokenizer.token_to_id("[unused10]")
     names = {"eos_token": "[unused10]", "pad_token": "[unused10]", "tokenizer_class": "PreTrainedTokenizerFast"}

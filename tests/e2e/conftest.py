@@ -1,5 +1,5 @@
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import openai
@@ -12,6 +12,16 @@ from live import LiveStack, OtlpReceiver, live_stack
 # Loading two engines on a busy machine takes a minute or two; the tests of this folder share them.
 pytestmark = pytest.mark.timeout(600)
 SMALL = ("--kv-cache-gib", "0.25", "--max-model-len", "4096")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure beside a stack that several tests share shows the ends of its logs."""
+    report = yield
+    used = getattr(item, "funcargs", {}).get("stack")
+    if report.failed and isinstance(used, LiveStack):
+        report.sections.append(("last words", used.last_words()))
+    return report
 
 
 @pytest.fixture(scope="session")

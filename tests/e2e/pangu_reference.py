@@ -11,7 +11,11 @@ from torch.nn import functional
 
 
 class UltraMoE:
-    """Latent attention, sandwich norms, sigmoid routing whose bias counts for the choice only."""
+    """Latent attention, sandwich norms, sigmoid routing whose bias counts for the choice only.
+
+    `margins` (tokens,) has, of the last sequence, how clearly the experts of each token were chosen: the least distance
+    over all layers between the score of the last one chosen and that of the next.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
@@ -19,6 +23,7 @@ class UltraMoE:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(tokens, vocabulary), of the token after each."""
+        self.margins = torch.full((len(tokens),), torch.inf)
         hidden = self.weights["model.embed_tokens.weight"][tokens]
         for number in range(self.config["num_hidden_layers"]):
             layer = f"model.layers.{number}"
@@ -43,7 +48,10 @@ class UltraMoE:
 
     def experts(self, name: str, x: Tensor) -> Tensor:
         scores = self.linear(f"{name}.gate", x).sigmoid()
-        chosen = (scores + self.weights[f"{name}.e_score_correction_bias"]).topk(self.config["num_experts_per_tok"])[1]
+        count = self.config["num_experts_per_tok"]
+        best, order = (scores + self.weights[f"{name}.e_score_correction_bias"]).topk(count + 1)
+        self.margins = torch.minimum(self.margins, best[:, -2] - best[:, -1])
+        chosen = order[:, :count]
         shares = scores.gather(1, chosen)
         shares = shares / shares.sum(-1, keepdim=True) * self.config["routed_scaling_factor"]
         routed = torch.zeros_like(x)

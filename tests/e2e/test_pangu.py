@@ -23,6 +23,8 @@ TRUSTED = {f"OMNI_{role}_VLLM__ENGINE_ARGS": '{"trust_remote_code": true}' for r
 SMALL = ("--kv-cache-gib", "0.25", "--max-model-len", "2048")
 # bf16 keeps 8 bits, and the heads of these models are sharp.
 TOLERANCE = 0.2
+# Scores of experts closer than this may change places by rounding, and the token's answer with them.
+NEAR_TIE = 0.02
 STORY = "Tell me about the river and the town beside it. "
 
 
@@ -35,8 +37,10 @@ def served(folder: Path, shape: str, *arguments: str) -> Iterator[tuple[LiveStac
         yield stack, model
 
 
-def check(stack: LiveStack, model: Path, logits_of: Callable[[torch.Tensor], torch.Tensor], repeats: int) -> None:
-    """What was said is as likely, token by token, as the reference says."""
+def differences(
+    stack: LiveStack, model: Path, logits_of: Callable[[torch.Tensor], torch.Tensor], repeats: int
+) -> list[float]:
+    """By how much what was said was likelier, token by token, than the reference says."""
     messages = [{"role": "user", "content": STORY * repeats}]
     body = {"model": stack.model, "messages": messages, "max_tokens": 24, "temperature": 0}
     with stack.client(120) as http:
@@ -50,21 +54,24 @@ def check(stack: LiveStack, model: Path, logits_of: Callable[[torch.Tensor], tor
     assert len(said) == 24
     likely = torch.log_softmax(logits_of(torch.tensor(prompt + said)).double(), -1)
     expected = [float(likely[len(prompt) - 1 + i, token]) for i, token in enumerate(said)]
-    told = [row["logprob"] for row in rows]
-    print(
-        f"{len(prompt)} tokens, largest difference {max(abs(a - b) for a, b in zip(told, expected, strict=True)):.3f}"
-    )
-    assert told == pytest.approx(expected, abs=TOLERANCE)
+    return [row["logprob"] - each for row, each in zip(rows, expected, strict=True)]
 
 
 def test_ultra_moe_through_prefill_and_decode(tmp_path: Path) -> None:
     with served(tmp_path, "ultra-moe", "--prefill", "1", "--decode", "1") as (stack, model):
         reference = UltraMoE(model)
+        clear = []
         for repeats in (1, 10, 60):
-            check(stack, model, reference.logits, repeats)
+            found = differences(stack, model, reference.logits, repeats)
+            margins = reference.margins[-len(found) - 1 : -1]
+            clear += [each for each, margin in zip(found, margins, strict=True) if margin > NEAR_TIE]
+        print(f"\n{len(clear)} tokens, largest difference {max(map(abs, clear)):.3f}")
+        assert len(clear) > 24
+        assert clear == pytest.approx([0.0] * len(clear), abs=TOLERANCE)
         with stack.client() as http:
-            metrics = http.get("/metrics").text
-        assert "disaggregated" in metrics
+            rows = http.get("/metrics").text.splitlines()
+        pairs = [row for row in rows if row.startswith("omni_proxy_decisions_total") and '"disaggregated"' in row]
+        assert sum(float(row.rpartition(" ")[2]) for row in pairs) > 0
 
 
 def test_embedded(tmp_path: Path) -> None:
@@ -72,11 +79,12 @@ def test_embedded(tmp_path: Path) -> None:
 
     with served(tmp_path, "embedded", "--prefill", "0", "--decode", "1") as (stack, model):
         # Dense openPangu is Llama's network with biases in attention.
-        sizes = {"head_dim": 32, "num_key_value_heads": 2, "vocab_size": 2048}
+        sizes = {"head_dim": 32, "num_key_value_heads": 2, "vocab_size": 1542}
         sizes |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
         config = LlamaConfig(rms_norm_eps=1e-5, rope_theta=16000000.0, attention_bias=True, **sizes)
         network = LlamaForCausalLM(config).float().eval()
         network.load_state_dict({k: v.float() for k, v in load_file(model / "model.safetensors").items()})
         with torch.no_grad():
             for repeats in (1, 60):
-                check(stack, model, lambda ids: network(ids[None]).logits[0], repeats)
+                found = differences(stack, model, lambda ids: network(ids[None]).logits[0], repeats)
+                assert found == pytest.approx([0.0] * len(found), abs=TOLERANCE)

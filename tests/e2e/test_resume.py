@@ -1,14 +1,11 @@
 """A worker dies in the middle of a request on real engines: the client sees what an undisturbed run would have said."""
 
 import json
-import os
-import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,9 +19,10 @@ from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
 pytestmark = [pytest.mark.engine, pytest.mark.stack, pytest.mark.timeout(600)]
 
 SMALL = ("--kv-cache-gib", "0.25", "--max-model-len", "4096")
-# Tokens of a stream at the first attempt to break all of them in their middle, and at the next ones.
-ATTEMPTS = (800, 1600, 3200)
+# So many that no stream ends before all have begun, on however busy a machine; nobody waits for the last of them.
+MAX_TOKENS = 3000
 BEFORE_THE_KILL = 40
+AFTER_THE_KILL = 300
 # bf16 keeps 8 bits: another order of summation may choose differently between tokens as close as this.
 NEAR_TIE = 0.25
 KINDS: dict[str, dict[str, float]] = {
@@ -40,9 +38,10 @@ class Told:
 
     texts: list[str] = field(default_factory=list)
     tokens: int = 0
-    finish: str | None = None
     is_done: bool = False
     error: str | None = None
+    enough: int = MAX_TOKENS
+    """Tokens after which its listener leaves."""
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -51,11 +50,11 @@ class Told:
 
     def wait_tokens(self, count: int) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: self.tokens >= count or self.is_done or self.error, 60)
+            assert self.changed.wait_for(lambda: self.tokens >= count or self.is_done or self.error, 90)
         assert not self.error
 
 
-def body(stack: LiveStack, kind: str, tokens: int) -> dict[str, Any]:
+def body(stack: LiveStack, kind: str, tokens: int = MAX_TOKENS) -> dict[str, Any]:
     prompt = f"Tell me a long story about a {kind} river and the town beside it. " * 6
     return {"model": stack.model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True} | KINDS[kind]
 
@@ -70,6 +69,8 @@ def listen(stack: LiveStack, request: dict[str, Any], told: Told) -> None:
                 elif line.startswith("data: "):
                     note(told, json.loads(line[6:]))
                 told.changed.notify_all()
+                if told.error or told.tokens >= told.enough:
+                    return
 
 
 def note(told: Told, event: dict[str, Any]) -> None:
@@ -78,7 +79,6 @@ def note(told: Told, event: dict[str, Any]) -> None:
         told.tokens = usage["completion_tokens"]
     for choice in event.get("choices", ()):
         told.texts.append(choice["text"])
-        told.finish = choice["finish_reason"] or told.finish
 
 
 @contextmanager
@@ -110,12 +110,11 @@ def reference(stack: LiveStack, request: dict[str, Any]) -> dict[str, Any]:
     return choice
 
 
-def check_same(kind: str, told: Told, tokens: int, choice: dict[str, Any]) -> None:
+def check_same(kind: str, told: Told, choice: dict[str, Any]) -> None:
     """The same text, or the same up to a near-tie, which greedy sampling over bf16 cannot avoid."""
-    assert (told.error, told.is_done, told.finish, told.tokens) == (None, True, "length", tokens), kind
     same = common(told.text, choice["text"])
     print(f"\n{kind}: {same} of {len(choice['text'])} characters the same")
-    if told.text != choice["text"]:
+    if not choice["text"].startswith(told.text):
         margin = margin_at(choice, same)
         assert margin < NEAR_TIE, f"{kind}: {told.text[same : same + 40]!r} for {choice['text'][same : same + 40]!r}"
 
@@ -133,51 +132,38 @@ def margin_at(choice: dict[str, Any], character: int) -> float:
     return min((row[0] - row[1] for row in rows if len(row) > 1), default=0.0)
 
 
-@dataclass
-class Broken:
-    """Streams of `tokens` tokens each, none at its end, on a worker that stands still."""
-
-    tokens: int
-    told: dict[str, Told]
-    listeners: list[Future[None]]
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
+    """Two of each, of which a test may kill one."""
+    with live_stack(tmp_path_factory.mktemp("two"), "--prefill", "2", "--decode", "2", *SMALL) as running:
+        yield running
 
 
-def broken(stack: LiveStack, pool: ThreadPoolExecutor) -> Broken:
-    """A stream of each kind on decode-0, which stopped when all were under way.
-
-    On a busy machine one may end before another has well begun: longer ones are tried then.
-    """
-    for tokens in ATTEMPTS:
-        told = {kind: Told() for kind in KINDS}
-        listeners = [pool.submit(listen, stack, body(stack, kind, tokens), stream) for kind, stream in told.items()]
+def test_a_decode_worker_dies_and_the_streams_go_on(stack: LiveStack) -> None:
+    told = {kind: Told() for kind in KINDS}
+    with ThreadPoolExecutor() as pool:
+        with drained(stack, "decode-1"):
+            listeners = [pool.submit(listen, stack, body(stack, kind), stream) for kind, stream in told.items()]
+            for stream in told.values():
+                stream.wait_tokens(BEFORE_THE_KILL)
+        stack.kill("decode-0")
         for stream in told.values():
-            stream.wait_tokens(BEFORE_THE_KILL)
-        os.kill(stack.pid("decode-0"), signal.SIGSTOP)
-        if all(stream.tokens < tokens for stream in told.values()):
-            return Broken(tokens, told, listeners)
-        os.kill(stack.pid("decode-0"), signal.SIGCONT)
+            stream.enough = stream.tokens + AFTER_THE_KILL
         for listener in listeners:
             listener.result(120)
-    raise AssertionError(f"a stream of {ATTEMPTS[-1]} tokens ended before all had {BEFORE_THE_KILL}")
-
-
-def test_a_decode_worker_dies_and_the_streams_go_on(tmp_path: Path) -> None:
-    with live_stack(tmp_path, "--prefill", "1", "--decode", "2", *SMALL) as stack, ThreadPoolExecutor() as pool:
-        with drained(stack, "decode-1"):
-            streams = broken(stack, pool)
-        stack.kill("decode-0")
-        for listener in streams.listeners:
-            listener.result(120)
-        for kind, told in streams.told.items():
-            check_same(kind, told, streams.tokens, reference(stack, body(stack, kind, streams.tokens)))
+        for kind, stream in told.items():
+            assert (stream.error, stream.tokens >= stream.enough) == (None, True), kind
+            check_same(kind, stream, reference(stack, body(stack, kind, stream.tokens)))
         assert counter(stack, "omni_proxy_resumes_total") == len(KINDS)
         replays = counter(stack, "omni_proxy_replays_total")
         print(f"replays: {replays:.0f}, inexact: {counter(stack, 'omni_proxy_inexact_resumes_total'):.0f}")
         assert replays == 2
 
 
-def test_a_prefill_worker_dies_at_work_and_another_computes_the_prompt(tmp_path: Path) -> None:
-    with live_stack(tmp_path, "--prefill", "2", "--decode", "1", *SMALL) as stack, ThreadPoolExecutor() as pool:
+def test_a_prefill_worker_dies_at_work_and_another_computes_the_prompt(stack: LiveStack) -> None:
+    retries, pairs = "omni_proxy_retries_total", ("omni_proxy_decisions_total", '"disaggregated"')
+    before = counter(stack, retries), counter(stack, *pairs)
+    with ThreadPoolExecutor() as pool:
         words = [f"word{number}" for number in range(900)]
         request = {"model": stack.model, "prompt": " ".join(words), "max_tokens": 24, "temperature": 0}
         told = Told()
@@ -193,8 +179,7 @@ def test_a_prefill_worker_dies_at_work_and_another_computes_the_prompt(tmp_path:
             stack.kill(eventually("a prefill is asked for", busy, 30))
         listener.result(120)
         assert (told.error, told.is_done) == (None, True)
-        assert counter(stack, "omni_proxy_retries_total") == 1
-        assert counter(stack, "omni_proxy_decisions_total", '"disaggregated"') == 1
+        assert (counter(stack, retries), counter(stack, *pairs)) == (before[0] + 1, before[1] + 1)
         choice = reference(stack, request)
         assert told.tokens == len(choice["logprobs"]["tokens"])
         same = common(told.text, choice["text"])
