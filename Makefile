@@ -16,7 +16,7 @@ TESTS := $(wildcard proto libs services cli tests)
 PACKAGES := omni_common omni_engine omni_kernels omni_proxy omni_prefill omni_decode omni_kvstore omni_placement omni_cli
 BUF := .omni/tools/node_modules/.bin/buf
 
-.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench bench-kvstore bench-placement bench-proxy bench-scheduler chaos clean release
+.PHONY: help setup run test test-fast test-all test-vllm test-compose lint type buf proto up down status doctor bench bench-kvstore bench-placement bench-proxy bench-scheduler chaos clean kernels release
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ bench-proxy: setup  ## tokens per second, latency and profile of the proxy on on
 
 bench-scheduler: setup  ## compare scheduling policies on a trace (ARGS='--trace FILE --quick'), simulated
 	@$(BIN)/python bench/scheduler.py $(ARGS)
+
+kernels: setup  ## every op on every backend: error, shapes, refusals, contract with Ascend (ARGS='--op rms_norm')
+	@$(OMNI) kernels table $(ARGS)
 
 chaos: setup  ## kill, pause and delay a stack under load for ten minutes (ARGS='--engine vllm --seed 7')
 	@$(BIN)/python tests/chaos/run.py $(ARGS)

@@ -50,7 +50,15 @@ def test_default_stack_is_the_five_services_in_order():
         pytest.param({"both": 1}, "both-0", "OMNI_DECODE_ROLE", "both", id="both legs"),
         pytest.param({"both": 2}, "both-1", "OMNI_DECODE_WORKER_ID", "p8000-both-1", id="worker id of both"),
         pytest.param({"kv_cache_gib": 0.5}, "decode-0", "OMNI_DECODE_VLLM__KV_CACHE_GIB", "0.5", id="kv cache"),
+        pytest.param({"kernels": "omni"}, "prefill-0", "OMNI_PREFILL_VLLM__KERNELS", "omni", id="kernels"),
         pytest.param({"max_model_len": 512}, "decode-0", "OMNI_DECODE_VLLM__MAX_MODEL_LEN", "512", id="length"),
+        pytest.param(
+            {"attention_pattern": Path("/p.json")},
+            "prefill-0",
+            "OMNI_PREFILL_VLLM__ATTENTION_PATTERN",
+            "/p.json",
+            id="attention pattern",
+        ),
         pytest.param(EXPERT_RANKS, "decode-0", "OMNI_DECODE_VLLM__EXPERT_PARALLEL", "true", id="expert parallelism"),
         pytest.param(EXPERT_RANKS, "decode-0", "OMNI_DECODE_VLLM__TENSOR_PARALLEL_SIZE", "2", id="ranks"),
         pytest.param(EXPERT_RANKS, "prefill-0", "OMNI_PREFILL_VLLM__REDUNDANT_EXPERTS", "4", id="spare slots"),
@@ -61,6 +69,8 @@ def test_default_stack_is_the_five_services_in_order():
         pytest.param(
             {**EXPERT_RANKS, "engine": "sim"}, "decode-0", "OMNI_DECODE_SIM__EXPERTS__SPARE_SLOTS", "4", id="sim spare"
         ),
+        pytest.param({"speculative": "mtp:2"}, "decode-0", "OMNI_DECODE_VLLM__SPECULATIVE", "mtp:2", id="drafts"),
+        pytest.param({"speculative": "auto"}, "prefill-0", "OMNI_PREFILL_VLLM__SPECULATIVE", "auto", id="prefill's"),
         pytest.param({"otlp_endpoint": "http://c:1"}, "proxy", "OMNI_PROXY_OTLP_ENDPOINT", "http://c:1", id="otlp"),
     ],
 )
@@ -134,8 +144,16 @@ def test_no_port_is_planned_twice(prefill, decode, engine):
         pytest.param({"prefill": -1}, InvalidOptions, "--prefill", id="negative"),
         pytest.param({"engine": "tpu"}, InvalidOptions, "vllm, sim", id="unknown engine"),
         pytest.param({"port": 0}, InvalidOptions, "65535", id="port"),
+        pytest.param({"kernels": "omni", "engine": "sim"}, InvalidOptions, "no kernels", id="sim kernels"),
         pytest.param({"expert_ranks": 1}, InvalidOptions, "2 ranks", id="one expert rank"),
         pytest.param({"spare_experts": 4}, InvalidOptions, "--expert-ranks", id="spare slots without ranks"),
+        pytest.param(
+            {"attention_pattern": Path("/p.json"), "engine": "sim"}, InvalidOptions, "no attention", id="sim pattern"
+        ),
+        pytest.param({"speculative": "eagle:2"}, InvalidOptions, "mtp, ngram, auto", id="unknown drafter"),
+        pytest.param({"speculative": "mtp:0"}, InvalidOptions, "1 to 16", id="no drafts"),
+        pytest.param({"speculative": "mtp", "engine": "sim"}, InvalidOptions, "drafts nothing", id="sim drafts"),
+        pytest.param({"speculative": "mtp", "expert_ranks": 2}, InvalidOptions, "choose one", id="drafts and ranks"),
         pytest.param({"expert_ranks": 12}, NotEnoughMemory, "64.0 GiB are free", id="memory of ranks"),
         pytest.param({"decode": 40}, NotEnoughMemory, "64.0 GiB are free", id="memory"),
         pytest.param({"kv_cache_gib": 100.0}, NotEnoughMemory, "--kv-cache-gib", id="kv cache"),

@@ -4,7 +4,7 @@ An app is imported when its command is run or its help is asked for; `omni --hel
 brings it. Its context's `obj` is a `Services`: how to find a service of a running stack.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,19 @@ from omni_cli.options import chosen, files_of
 from omni_cli.probes import reachable
 
 GROUP = "omni_cli.commands"
-PACKAGES: Mapping[str, str] = {"placement": "omni-placement[cli]"}
+PACKAGES: Mapping[str, str] = {
+    "attention": "omni-kernels[cli]",
+    "kernels": "omni-kernels[cli]",
+    "placement": "omni-placement[cli]",
+    "quantize": "omni-kernels[cli]",
+}
 """What to install for a command of ours that is not there."""
+SUMMARIES: Mapping[str, str] = {
+    "attention": "Sparse attention: search for patterns over layers, look at them, evaluate them.",
+    "kernels": "The operators: how every backend conforms, which ones run, the contract with Ascend.",
+    "quantize": "Write a copy of a model with int8 weights.",
+}
+"""Of commands whose package brings several."""
 
 
 class Services:
@@ -36,13 +47,31 @@ class Services:
                 return reachable(process.address)
         raise NoSuchStack(f"stack {stack.name!r} has no {service}")
 
+    def metrics_of(
+        self, services: Sequence[str], *, name: str | None, port: int | None, home: Path | None
+    ) -> dict[str, str]:
+        """Process name -> URL of its metrics, of these services of the stack meant; empty where there is no stack.
+
+        Raises:
+            NoSuchStack: one is named that is not there, or there are several.
+        """
+        files = files_of(home)
+        if name is None and port is None and not any(files.all()):
+            return {}
+        stack = chosen(files, name, port)
+        return {
+            process.name: f"http://127.0.0.1:{process.metrics_port}/metrics"
+            for process in stack.processes
+            if process.service in services and process.metrics_port
+        }
+
 
 class _Extension(TyperCommand):
     """Stands for a command until it is needed."""
 
     def __init__(self, entry: EntryPoint) -> None:
         summary = entry.dist.metadata["Summary"] if entry.dist is not None else ""
-        super().__init__(entry.name, help=summary or f"From {entry.value}.")
+        super().__init__(entry.name, help=SUMMARIES.get(entry.name) or summary or f"From {entry.value}.")
         self._entry = entry
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:

@@ -79,6 +79,18 @@ def up(
     spare_experts: Annotated[
         int, typer.Option(min=0, help="Slots per layer for second copies of busy experts, over all ranks.")
     ] = 0,
+    kernels: Annotated[
+        str, typer.Option(help="Whose ops the engines run on: vllm, omni, or parts as in omni:norms,routing.")
+    ] = "vllm",
+    speculative: Annotated[
+        str | None, typer.Option(help="Draft tokens: mtp:2 (prediction layers), ngram:3, or auto:2 for either.")
+    ] = None,
+    attention_pattern: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Layers that decode over few KV blocks: a file of omni attention search."
+        ),
+    ] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="How long to wait until all is healthy.")] = 600,
     ask: Annotated[bool, typer.Option(help="Ask a first question when healthy.")] = True,
     home: Home = None,
@@ -95,7 +107,9 @@ def up(
         name=stack_name, directory=files.directory(stack_name), model_dir=(model or root / DEFAULT_MODEL).resolve(),
         prefill=prefill, decode=decode, both=both, engine=engine, host=host, port=port, redis_url=redis,
         otlp_endpoint=otlp, kv_cache_gib=kv_cache_gib, max_model_len=max_model_len,
-        expert_ranks=expert_ranks, spare_experts=spare_experts,
+        expert_ranks=expert_ranks, spare_experts=spare_experts, kernels=kernels,
+        speculative=speculative,
+        attention_pattern=attention_pattern.resolve() if attention_pattern else None,
     )  # fmt: skip
     bringup = Bringup(detach=detach, timeout_s=timeout_s, ask=ask)
     asyncio.run(bring_up(options, bringup, files, root, os.environ, Console()))

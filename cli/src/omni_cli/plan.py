@@ -14,6 +14,7 @@ from omni_cli.errors import InvalidOptions, NotEnoughMemory
 
 GIB = 1024**3
 ENGINE_PROCESS_BYTES = {"vllm": 3 * GIB, "sim": GIB // 4}
+DRAFTERS = ("mtp", "ngram", "auto")
 DEFAULT_KV_CACHE_GIB = {"vllm": 1.0, "sim": 0.0}
 OTHER_SERVICES_BYTES = GIB
 MAX_CORES_PER_ENGINE = 16
@@ -53,6 +54,9 @@ class StackOptions:
     max_model_len: int | None = None
     expert_ranks: int = 0
     spare_experts: int = 0
+    kernels: str = "vllm"
+    speculative: str | None = None
+    attention_pattern: Path | None = None
 
     @property
     def engines(self) -> int:
@@ -160,10 +164,28 @@ def _check(options: StackOptions) -> None:
         raise InvalidOptions("at least one decode worker is needed (--decode 1 or --both 1); --prefill may be 0")
     if options.expert_ranks < 0 or options.expert_ranks == 1:
         raise InvalidOptions("--expert-ranks spreads the experts over 2 ranks or more; leave it out for none")
+    if options.kernels != "vllm" and options.engine != "vllm":
+        raise InvalidOptions(f"--kernels {options.kernels!r}: a simulated engine runs no kernels")
+    if options.speculative is not None:
+        _check_speculative(options)
+    if options.attention_pattern is not None and options.engine != "vllm":
+        raise InvalidOptions("--attention-pattern: a simulated engine computes no attention")
     if options.spare_experts and not options.expert_ranks:
         raise InvalidOptions("--spare-experts are slots on the ranks of --expert-ranks, which is missing")
     if not 1 <= options.port <= 65535:
         raise InvalidOptions(f"--port {options.port} is not between 1 and 65535")
+
+
+def _check_speculative(options: StackOptions) -> None:
+    method, colon, tokens = (options.speculative or "").partition(":")
+    if method not in DRAFTERS or (colon and not (tokens.isdigit() and 1 <= int(tokens) <= 16)):
+        raise InvalidOptions(
+            f"--speculative {options.speculative!r}: a drafter ({', '.join(DRAFTERS)}) and 1 to 16 tokens, as in mtp:2"
+        )
+    if options.engine != "vllm":
+        raise InvalidOptions("--speculative: a simulated engine drafts nothing")
+    if options.expert_ranks:
+        raise InvalidOptions("--speculative and --expert-ranks: layouts do not reach a drafter's experts; choose one")
 
 
 def _memory_notes(options: StackOptions, machine: Machine) -> list[str]:
@@ -228,6 +250,12 @@ def _engine(
         values |= {"VLLM__CORES": cores, "VLLM__KV_PORT": str(next(ports))}
         if options.kv_cache_gib is not None:
             values["VLLM__KV_CACHE_GIB"] = str(options.kv_cache_gib)
+        if options.kernels != "vllm":
+            values["VLLM__KERNELS"] = options.kernels
+        if options.speculative is not None:
+            values["VLLM__SPECULATIVE"] = options.speculative
+        if options.attention_pattern is not None:
+            values["VLLM__ATTENTION_PATTERN"] = str(options.attention_pattern)
         if options.max_model_len is not None:
             values["VLLM__MAX_MODEL_LEN"] = str(options.max_model_len)
     values |= _expert_parallel(options)

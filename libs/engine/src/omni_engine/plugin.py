@@ -6,7 +6,8 @@ so a service that crashes would leave them behind with the model's memory and th
 The KV connector's progress thread sleeps between polls: NIXL's Python agent fixes the pause at 0, and a spinning
 thread takes the core from the engine it serves.
 
-With expert parallelism, what `vllm_expert_shims` changes is changed here, before the worker makes its model.
+With expert parallelism, what `vllm_expert_shims` changes is changed here, before the worker makes its model; so are the
+corrections of `vllm_cpu_fixes` that an engine needs.
 """
 
 import importlib
@@ -14,6 +15,8 @@ import multiprocessing
 import os
 import threading
 from typing import Any
+
+from omni_engine.vllm_cpu_fixes import FIXES_VARIABLE, install
 
 PROGRESS_VARIABLE = "OMNI_ENGINE_KV_PROGRESS_US"
 EXPERTS_VARIABLE = "OMNI_ENGINE_EXPERTS"
@@ -30,6 +33,8 @@ def register() -> None:
         _pause_progress(int(interval))
     if os.environ.get(EXPERTS_VARIABLE):
         importlib.import_module("omni_engine.vllm_expert_shims").install()
+    if fixes := os.environ.get(FIXES_VARIABLE):
+        install(fixes)
 
 
 def _end_with(parent: Any) -> None:

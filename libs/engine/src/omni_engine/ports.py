@@ -172,7 +172,7 @@ class EngineInfo:
     started for where it cannot do anything else, and how to start it so that it can; empty: it takes any role.
     Experts are spread over `num_ep_ranks` ranks, each with `expert_slots_per_rank` places per layer; 0 and 0 without
     expert parallelism. `ranks_per_host` consecutive ranks share a host (0: all do); one expert of one layer has weights
-    of `expert_bytes` (0: unknown).
+    of `expert_bytes` (0: unknown). `speculative` is the drafter and its tokens as 'mtp:2', empty without one.
     """
 
     model: str
@@ -193,6 +193,7 @@ class EngineInfo:
     expert_slots_per_rank: int = 0
     ranks_per_host: int = 0
     expert_bytes: int = 0
+    speculative: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,9 @@ class EngineStats:
     """Load as the engine last reported it.
 
     `context_tokens` are those of the sequences that generate. `steps` are the steps so far that generated and whose
-    wall time is known; `busy_ms` is the sum of these times.
+    wall time is known; `busy_ms` is the sum of these times. With speculative decoding a step gives a sequence several
+    tokens: it counts as so many steps, the mean over its sequences, and `step_ms` is the time of one of them.
+    Of `drafted_tokens` so far, `accepted_tokens` were right, `accepted_by_position` in each place of a draft.
     """
 
     running: int = 0
@@ -214,6 +217,10 @@ class EngineStats:
     context_tokens: int = 0
     steps: int = 0
     busy_ms: float = 0.0
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_by_position: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +320,10 @@ class ExpertMove:
     target_slot: int
 
 
+KernelCalls = Mapping[str, Mapping[str, int]]
+"""op -> backend -> calls since the start, of all ranks together."""
+
+
 class Engine(Protocol):
     """One model on one engine. Coroutines may be cancelled; cancelling frees what the call held."""
 
@@ -363,6 +374,12 @@ class Engine(Protocol):
         """Route to no replica on these ranks, from the next step on; none named: all ranks are used again.
 
         Raises `InvalidRequest` naming experts that live on no other rank; then nothing changes.
+        """
+
+    async def kernel_calls(self) -> KernelCalls | None:
+        """What ran on Omni's ops; None where the engine runs on its own only.
+
+        Raises `Unavailable` when it cannot be asked.
         """
 
     async def wait_dead(self) -> str:

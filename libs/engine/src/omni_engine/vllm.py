@@ -27,6 +27,7 @@ from omni_engine.ports import (
     ExpertLayout,
     ExpertLoad,
     ExpertMove,
+    KernelCalls,
     KvHandle,
     PrefillJob,
     PrefillResult,
@@ -37,6 +38,7 @@ from omni_engine.vllm_args import Role, cores_by_rank, plan_launch
 from omni_engine.vllm_event_stream import EventStream
 from omni_engine.vllm_events import EventReader, KvGroups
 from omni_engine.vllm_experts import AGREE_EVERY_STEPS, NUDGE, Experts
+from omni_engine.vllm_kernels import read_kernel_calls
 from omni_engine.vllm_launch import build, describe
 from omni_engine.vllm_leases import Leases
 from omni_engine.vllm_outputs import (
@@ -47,6 +49,8 @@ from omni_engine.vllm_outputs import (
     logprobs_of,
     prefill_timings,
 )
+from omni_engine.vllm_pattern import KEY as PATTERN_KEY
+from omni_engine.vllm_pattern import groups_of_prefix
 from omni_engine.vllm_sampling import sampling_params
 from omni_engine.vllm_settings import VllmSettings
 
@@ -103,9 +107,11 @@ class VllmEngine:
         groups = await self._kv_groups()
         self._event_reader = EventReader(groups)
         self._info = describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups)
+        if self._plan.speculative:
+            log.info("speculative decoding", extra={"drafter": self._plan.speculative})
         self._leases = Leases(self._llm.engine_core, enabled=bool(self._settings.kv_connector))
         self._reader = asyncio.create_task(self._read_outputs(), name="vllm-outputs")
-        if self._settings.cores and self._settings.platform == "cpu":
+        if self._settings.cores and self._settings.on_cpu:
             await self._llm.engine_core.collective_rpc_async(
                 "omni_pin", _RPC_TIMEOUT_S, (cores_by_rank(self._settings.cores),)
             )
@@ -194,6 +200,11 @@ class VllmEngine:
         """SHA-256 of the weights in every slot: ranks, layers, slots."""
         return await self._require_experts().digests()
 
+    async def kernel_calls(self) -> KernelCalls | None:
+        if self._settings.kernels == "vllm" or self._llm is None:
+            return None
+        return await read_kernel_calls(self._llm.engine_core)
+
     async def wait_dead(self) -> str:
         return await asyncio.shield(self._dead)
 
@@ -213,9 +224,10 @@ class VllmEngine:
     async def _kv_groups(self) -> KvGroups:
         try:
             async with asyncio.timeout(_RPC_TIMEOUT_S):
-                return KvGroups(await self._llm.engine_core.call_utility_async("get_kv_cache_group_metadata"))
+                groups = await self._llm.engine_core.call_utility_async("get_kv_cache_group_metadata")
         except TimeoutError:
             raise Internal(f"vLLM did not tell its KV cache groups within {_RPC_TIMEOUT_S:.0f} s") from None
+        return KvGroups(groups_of_prefix(groups) if self._plan.pattern else groups)
 
     async def _read_outputs(self) -> None:
         """The one reader of the engine core's outputs; ends when the engine dies."""
@@ -283,6 +295,10 @@ class VllmEngine:
                 reason="handle_too_short",
             )
         transfer: dict[str, Any] = json.loads(handle.opaque)
+        if transfer.get(PATTERN_KEY) != self._plan.pattern:
+            raise FailedPrecondition(
+                "the blocks were computed under another attention pattern than this engine's", reason="kv_mismatch"
+            )
         return transfer
 
     def _core_id(self, request_id: str) -> str:
@@ -363,7 +379,7 @@ def _handle(output: Any, job: PrefillJob, info: EngineInfo, lease_s: float) -> K
         engine_id=info.engine_id,
         lease_id=output.request_id,
         num_tokens=len(job.token_ids),
-        num_blocks=len(groups[0]),
+        num_blocks=max(map(len, groups)),
         block_size=info.block_size,
         lease_s=lease_s,
     )

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omni_common.errors import InvalidRequest
+from omni_engine import vllm_pattern
 from omni_engine.plugin import EXPERTS_VARIABLE, PROGRESS_VARIABLE
+from omni_engine.vllm_cpu_fixes import DRAFT_SAMPLING, FIXES_VARIABLE, INT8_EXPERTS, LATENT_ROTARY
+from omni_engine.vllm_pattern import read_pattern
 from omni_engine.vllm_settings import VllmSettings
+from omni_engine.vllm_speculation import Speculation
+from omni_kernels.patterns.pattern import Pattern
+from omni_kernels.vllm.parts import environment as kernels_environment
+from omni_kernels.vllm.parts import ir_op_priority, parts_of
 
 Role = Literal["prefill", "decode", "both"]
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
@@ -25,7 +32,7 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 class LaunchPlan:
     """What one engine start needs: vLLM arguments, environment, and a folder for its KV events, not made yet.
 
-    `fixed_role` as in `EngineInfo`.
+    `fixed_role` and `speculative` as in `EngineInfo`. `pattern` is the digest of an attention pattern.
     """
 
     arguments: dict[str, Any]
@@ -33,6 +40,8 @@ class LaunchPlan:
     engine_id: str
     events_dir: Path | None
     fixed_role: str
+    speculative: str = ""
+    pattern: str | None = None
 
     @property
     def events_endpoint(self) -> str:
@@ -47,13 +56,14 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
     """Arguments and environment of an engine.
 
     Raises:
-        InvalidRequest: the model directory has no config.json, its architecture cannot use the cache dtype, or its
-            experts cannot be spread as asked.
+        InvalidRequest: the model directory has no config.json, its architecture cannot use the cache dtype or the
+            drafter, or its experts cannot be spread as asked.
     """
     config = _model_config(model_dir)
     _check_cache_dtype(settings, config)
     _check_experts(settings, config)
     _check_cores(settings)
+    pattern = read_pattern(settings, config)
     engine_id = uuid.uuid4().hex
     events_dir = Path(tempfile.gettempdir()) / f"omni-kv-{engine_id}" if settings.kv_events else None
     arguments: dict[str, Any] = {
@@ -72,12 +82,25 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
     }
     optional = {"max_model_len": settings.max_model_len, "block_size": settings.block_size}
     arguments |= {name: value for name, value in optional.items() if value is not None}
-    cache_gib = settings.kv_cache_gib or (1.0 if settings.platform == "cpu" else None)
+    if priority := ir_op_priority(parts_of(settings.kernels, settings.platform)):
+        arguments["ir_op_priority"] = priority
+    cache_gib = settings.kv_cache_gib or (1.0 if settings.on_cpu else None)
     if cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(cache_gib * _GIB)
     if settings.kv_connector:
         arguments["kv_transfer_config"] = _kv_transfer(settings, role, engine_id)
-    plan = LaunchPlan(arguments, _environment(settings), engine_id, events_dir, _fixed_role(settings, role))
+    if pattern and not pattern.is_full:
+        _apply_pattern(pattern, arguments)
+    drafter = settings.speculative.for_model(config) if settings.speculative else None
+    if drafter and (drafting := _drafting(drafter, settings, role)):
+        arguments["speculative_config"] = drafting
+    environment = _environment(settings)
+    if fixes := _cpu_fixes(settings, config):
+        environment[FIXES_VARIABLE] = fixes
+    fixed = _fixed_role(settings, role)
+    speculative = str(drafter) if drafter else ""
+    digest = pattern.digest if pattern and not pattern.is_full else None
+    plan = LaunchPlan(arguments, environment, engine_id, events_dir, fixed, speculative, digest)
     if events_dir:
         arguments["kv_events_config"] = {
             "enable_kv_cache_events": True,
@@ -87,6 +110,29 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
         }
     arguments |= settings.engine_args
     return plan
+
+
+def _apply_pattern(pattern: Pattern, arguments: dict[str, Any]) -> None:
+    arguments |= vllm_pattern.arguments(pattern)
+    if transfer := arguments.get("kv_transfer_config"):
+        transfer |= vllm_pattern.connector(pattern, transfer["kv_connector_extra_config"])
+
+
+def _drafting(drafter: Speculation, settings: VllmSettings, role: Role) -> dict[str, Any] | None:
+    """An engine that may only prefill needs the drafter's cache filled, no more."""
+    return drafter.arguments(prefill_only=role == "prefill" and not settings.any_role)
+
+
+def _cpu_fixes(settings: VllmSettings, config: dict[str, Any]) -> str:
+    """What `vllm_cpu_fixes` must correct for this model."""
+    if not settings.on_cpu:
+        return ""
+    needed = {
+        LATENT_ROTARY: config.get("kv_lora_rank"),
+        INT8_EXPERTS: config.get("quantization_config"),
+        DRAFT_SAMPLING: settings.speculative,
+    }
+    return ",".join(name for name, is_needed in needed.items() if is_needed)
 
 
 def cores_by_rank(cores: str) -> list[list[int]]:
@@ -122,7 +168,7 @@ def _kv_transfer(settings: VllmSettings, role: Role, engine_id: str) -> dict[str
         "kv_connector": settings.kv_connector,
         "kv_role": _kv_role(settings, role),
         "engine_id": engine_id,
-        "kv_buffer_device": "cpu" if settings.platform == "cpu" else "cuda",
+        "kv_buffer_device": "cpu" if settings.on_cpu else "cuda",
         # A pull that fails is computed again on the decode engine instead of failing the request.
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kv_lease_duration": int(settings.lease_s)},
@@ -143,7 +189,8 @@ def _environment(settings: VllmSettings) -> dict[str, str]:
     }
     if settings.expert_parallel:
         environment[EXPERTS_VARIABLE] = "1"
-    if settings.cores and settings.platform == "cpu":
+    environment |= kernels_environment(settings.kernels, settings.platform)
+    if settings.cores and settings.on_cpu:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = settings.cores
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         environment["VLLM_LOGGING_LEVEL"] = "WARNING"
@@ -155,7 +202,7 @@ def _eager(settings: VllmSettings) -> bool:
         return settings.enforce_eager
     if settings.expert_parallel and settings.platform == "cpu":
         return True
-    return settings.platform == "cpu" and not any(map(shutil.which, ("g++", "clang++")))
+    return settings.on_cpu and not any(map(shutil.which, ("g++", "clang++")))
 
 
 def _model_config(model_dir: Path) -> dict[str, Any]:
@@ -168,7 +215,7 @@ def _model_config(model_dir: Path) -> dict[str, Any]:
 
 def _check_cache_dtype(settings: VllmSettings, config: dict[str, Any]) -> None:
     uses_mla = bool(config.get("kv_lora_rank"))
-    if settings.platform == "cpu" and uses_mla and settings.kv_cache_dtype.startswith("fp8"):
+    if settings.on_cpu and uses_mla and settings.kv_cache_dtype.startswith("fp8"):
         raise InvalidRequest(
             "kv_cache_dtype fp8 cannot run with multi-head latent attention on CPU; use auto",
             field="vllm.kv_cache_dtype",
@@ -206,7 +253,7 @@ def _check_experts(settings: VllmSettings, config: dict[str, Any]) -> None:
 
 
 def _check_cores(settings: VllmSettings) -> None:
-    if not settings.cores or settings.platform != "cpu":
+    if not settings.cores or not settings.on_cpu:
         return
     given = len(cores_by_rank(settings.cores))
     if given != settings.num_ranks:

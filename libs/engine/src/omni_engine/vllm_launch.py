@@ -6,9 +6,10 @@ from omni_common.errors import InvalidRequest
 from omni_engine.ports import EngineInfo
 from omni_engine.vllm_args import EXPERT_COUNTS, LaunchPlan
 from omni_engine.vllm_events import KvGroups
+from omni_engine.vllm_pattern import require_known_vllm
 from omni_engine.vllm_settings import VllmSettings
 
-EXPERTS_SINCE = (0, 32)
+LAYERS_SINCE = (0, 32)
 
 
 def build(plan: LaunchPlan, settings: VllmSettings) -> Any:
@@ -17,14 +18,16 @@ def build(plan: LaunchPlan, settings: VllmSettings) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    _require_known_layers(settings)
     arguments = dict(plan.arguments)
     for name, kind in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig)):
         if name in arguments:
             arguments[name] = kind(**arguments[name])
+    if settings.attention_pattern:
+        require_known_vllm()
     engine_args = AsyncEngineArgs(**arguments)
     config = engine_args.create_engine_config()
     if settings.expert_parallel:
-        _require_known_experts()
         # Asked for here and not in the arguments, which are refused on CPU. We decide what is moved, not vLLM.
         config.parallel_config.enable_eplb = True
         balancing = config.parallel_config.eplb_config
@@ -38,14 +41,15 @@ def build(plan: LaunchPlan, settings: VllmSettings) -> Any:
     )
 
 
-def _require_known_experts() -> None:
-    """Raises InvalidRequest on a vLLM whose expert layers `vllm_expert_shims` does not know."""
+def _require_known_layers(settings: VllmSettings) -> None:
+    """Raises InvalidRequest on a vLLM whose layers `vllm_expert_shims` and `omni_kernels.vllm` do not know."""
     import vllm
 
-    if tuple(map(int, vllm.__version__.split(".")[:2])) < EXPERTS_SINCE:
-        raise InvalidRequest(
-            f"expert_parallel needs vLLM 0.32; this is {vllm.__version__}", field="vllm.expert_parallel"
-        )
+    asked = {"expert_parallel": settings.expert_parallel, "kernels": settings.kernels != "vllm"}
+    if tuple(map(int, vllm.__version__.split(".")[:2])) < LAYERS_SINCE:
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise InvalidRequest(f"{name} needs vLLM 0.32; this is {vllm.__version__}", field=f"vllm.{name}")
 
 
 def describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, groups: KvGroups) -> EngineInfo:
@@ -74,4 +78,5 @@ def describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, 
         fixed_role=plan.fixed_role,
         num_ep_ranks=ranks,
         expert_slots_per_rank=(experts + settings.redundant_experts) // ranks if ranks else 0,
+        speculative=plan.speculative,
     )

@@ -63,8 +63,12 @@ class Tracker:
     generated_tokens: int = 0
     computed_prompt_tokens: int = 0
     context_tokens: int = 0
-    steps: int = 0
+    steps: float = 0.0
     busy_s: float = 0.0
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_by_position: list[int] = field(default_factory=list)
     _cores: dict[int, tuple[int, int, float]] = field(default_factory=dict)
     _last_step_s: dict[int, float] = field(default_factory=dict)
     _is_busy: bool = False
@@ -136,8 +140,12 @@ class Tracker:
             generated_tokens=self.generated_tokens,
             computed_prompt_tokens=self.computed_prompt_tokens,
             context_tokens=self.context_tokens,
-            steps=self.steps,
+            steps=round(self.steps),
             busy_ms=self.busy_s * 1e3,
+            drafts=self.drafts,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            accepted_by_position=tuple(self.accepted_by_position),
         )
 
     def _count(self, outputs: Any) -> None:
@@ -148,14 +156,31 @@ class Tracker:
             running, queues, usages = zip(*self._cores.values(), strict=True)
             self.running, self.waiting = sum(running), sum(queues)
             self.kv_usage = sum(usages) / len(usages)
-        self._time_step(outputs.engine_index, outputs.timestamp, is_generating=bool(outputs.outputs))
+            self._count_drafts(getattr(stats, "spec_decoding_stats", None))
+        lengths = [len(output.new_token_ids) for output in outputs.outputs if output.new_token_ids]
+        self._time_step(outputs.engine_index, outputs.timestamp, sum(lengths) / len(lengths) if lengths else 0.0)
 
-    def _time_step(self, core: int, timestamp_s: float, *, is_generating: bool) -> None:
-        """vLLM reports every step at its end; one that followed another without a pause began when that ended."""
+    def _count_drafts(self, stats: Any) -> None:
+        """vLLM's counts of one step; None where nothing was drafted."""
+        if stats is None:
+            return
+        self.drafts += stats.num_drafts
+        self.drafted_tokens += stats.num_draft_tokens
+        self.accepted_tokens += stats.num_accepted_tokens
+        accepted = stats.num_accepted_tokens_per_pos
+        self.accepted_by_position += [0] * (len(accepted) - len(self.accepted_by_position))
+        for position, count in enumerate(accepted):
+            self.accepted_by_position[position] += count
+
+    def _time_step(self, core: int, timestamp_s: float, tokens_each: float) -> None:
+        """vLLM reports every step at its end; one that followed another without a pause began when that ended.
+
+        `tokens_each` is what a sequence got of it, 0 of a step without tokens.
+        """
         step_s = timestamp_s - self._last_step_s.get(core, 0.0)
-        if is_generating and self._is_busy and 0 < step_s < _IDLE_GAP_S:
-            self.step_ms += _STEP_SMOOTHING * (step_s * 1e3 - self.step_ms)
-            self.steps += 1
+        if tokens_each and self._is_busy and 0 < step_s < _IDLE_GAP_S:
+            self.step_ms += _STEP_SMOOTHING * (step_s * 1e3 / tokens_each - self.step_ms)
+            self.steps += tokens_each
             self.busy_s += step_s
         self._last_step_s[core] = timestamp_s
 

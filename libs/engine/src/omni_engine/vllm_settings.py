@@ -1,8 +1,12 @@
 """Settings of the vLLM engine. Imports nothing of vLLM, so that services can read them without it."""
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from omni_engine.vllm_speculation import Speculation
+from omni_kernels.vllm.parts import parts_of
 
 # Accepted by vLLM's CPU platform without a check, and wrong there: no error, wrong tokens.
 WRONG_ON_CPU = frozenset({"int8_per_token_head", "int8_per_token", "fp8_per_token_head"})
@@ -13,7 +17,9 @@ class VllmSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    platform: Literal["cpu", "cuda", "ascend"] = "cpu"
+    platform: Literal["cpu", "cuda", "ascend", "twin"] = Field(
+        "cpu", description="twin: a CPU that vLLM takes for an out-of-tree platform, as it takes Ascend; for tests"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     kv_cache_gib: float | None = Field(None, gt=0, description="Memory for KV blocks; on CPU the default is 1 GiB")
     kv_cache_dtype: str = "auto"
@@ -47,15 +53,35 @@ class VllmSettings(BaseModel):
     kv_events: bool = True
     warmup_tokens: int = Field(200, ge=0, description="Length of the warm-up prompt; 0 skips the warm-up")
     start_timeout_s: float = Field(600.0, gt=0)
+    kernels: str = Field(
+        "vllm", description="Whose ops the engine runs on: vllm, omni, or parts of it as in 'omni:norms,routing'"
+    )
+    attention_pattern: Path | None = Field(
+        None, description="File of `omni attention search`: layers that decode over few KV blocks; the same on all engines"
+    )
+    speculative: Speculation | None = Field(None, description="Draft tokens: 'mtp:2', 'ngram:3' or 'auto:2'; None: no")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="More vLLM engine arguments, by their names")
 
     @model_validator(mode="after")
     def _refuse_wrong_cache_dtypes(self) -> Self:
-        if self.platform == "cpu" and self.kv_cache_dtype in WRONG_ON_CPU:
+        if self.on_cpu and self.kv_cache_dtype in WRONG_ON_CPU:
             raise ValueError(
                 f"kv_cache_dtype {self.kv_cache_dtype!r} gives wrong tokens on CPU without an error; use auto or fp8"
             )
         return self
+
+    @model_validator(mode="after")
+    def _refuse_kernels_that_cannot_be(self) -> Self:
+        parts = parts_of(self.kernels, self.platform)
+        if "experts" in parts and self.data_parallel_size > 1:
+            raise ValueError("kernels: data_parallel_size: our expert kernels have no part in gathering its tokens")
+        if "attention" in parts and self.kv_cache_dtype != "auto":
+            raise ValueError("kernels: attention: kv_cache_dtype must be auto")
+        return self
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.platform in ("cpu", "twin")
 
     @property
     def num_ranks(self) -> int:
@@ -74,8 +100,12 @@ class VllmSettings(BaseModel):
                 "data_parallel_size: each core has a KV cache of its own, which block events and pulls cannot tell "
                 "apart; set kv_connector to '' and kv_events to false"
             )
+        if self.expert_parallel and self.platform == "twin":
+            raise ValueError("expert_parallel: the twin has one rank")
         if self.expert_parallel and self.platform == "ascend":
             raise ValueError("expert_parallel: layouts cannot be applied through vllm-ascend's own load balancer")
         if self.expert_parallel and self.platform == "cpu" and self.enforce_eager is False:
             raise ValueError("expert_parallel on CPU cannot be compiled: leave enforce_eager out")
+        if self.expert_parallel and self.speculative:
+            raise ValueError("speculative: expert layouts do not reach the experts of a drafter; leave one of them out")
         return self

@@ -25,6 +25,12 @@ class WorkerExtension:
         first_rank = (parallel.data_parallel_rank_local or 0) * parallel.world_size
         os.sched_setaffinity(0, cores_by_rank[first_rank + self.local_rank])
 
+    def omni_kernel_calls(self) -> dict[str, dict[str, int]]:
+        """op -> backend -> calls in this process."""
+        from omni_kernels.vllm.usage import calls
+
+        return calls()
+
     def omni_held_leases(self) -> list[str]:
         """Requests whose blocks wait to be pulled by another engine."""
         return list(_waiting())

@@ -1,3 +1,3 @@
-"""Operators for Ascend, GPU and CPU: meaning, fake form, samples, tolerances, backends."""
+"""Operators for Ascend, GPU and CPU: meaning, fake form, validator, samples, tolerances, backends."""
 
 __version__ = "0.1.0"

@@ -22,8 +22,15 @@ from omni_engine.hosting.background import Background
 from omni_engine.hosting.engines import ENGINES
 from omni_engine.hosting.events import BlockRelay
 from omni_engine.hosting.identity import Identity
+from omni_engine.hosting.kernels import KernelUsage
 from omni_engine.hosting.membership import Membership
-from omni_engine.hosting.metrics import BlocksCollector, LoadCollector, PlacementCollector, WorkerMetrics
+from omni_engine.hosting.metrics import (
+    BlocksCollector,
+    KernelsCollector,
+    LoadCollector,
+    PlacementCollector,
+    WorkerMetrics,
+)
 from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.hosting.placement import IDEMPOTENT, PlacementClient
 from omni_engine.hosting.prefill import PrefillServicer
@@ -49,10 +56,12 @@ class WorkerHost:
         self.worker = Worker(engine, self.admission, self.accounts, self.identity)
         self.relay: BlockRelay | None = None
         self.placement: PlacementClient | None = None
+        self._kernels = KernelUsage(engine)
         self._metrics = WorkerMetrics(registry)
         registry.register(LoadCollector(self.worker.stats, lambda: self.admission.refused))
         registry.register(BlocksCollector(lambda: self.relay.report() if self.relay else None))
         registry.register(PlacementCollector(lambda: self.placement.report() if self.placement else None))
+        registry.register(KernelsCollector(lambda: self._kernels.calls))
         self.server = Server(self._servicers(), settings.tls)
 
     async def start(self) -> int:
@@ -98,9 +107,9 @@ class WorkerHost:
         await self._engine.close()
 
     async def _live(self) -> str:
-        """Until the engine dies: membership and block events, and the placement of experts, each where configured."""
+        """Until the engine dies: membership, block events and the placement of experts, each where configured."""
         async with self._in_cluster() as work, asyncio.TaskGroup() as group:
-            tasks = [group.create_task(part) for part in work]
+            tasks = [group.create_task(part) for part in (*work, self._kernels.run())]
             reason = await self._engine.wait_dead()
             for task in tasks:
                 task.cancel()

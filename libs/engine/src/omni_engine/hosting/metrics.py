@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 
 from omni_engine.hosting.events import RelayReport
 from omni_engine.hosting.placement import PlacementReport
-from omni_engine.ports import EngineStats, SequenceStart
+from omni_engine.ports import EngineStats, KernelCalls, SequenceStart
 
 _PREFILL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -89,6 +89,7 @@ class LoadCollector(Collector):
         )
         yield CounterMetricFamily("omni_worker_steps", "Steps that generated, their time known", value=stats.steps)
         yield CounterMetricFamily("omni_worker_busy_seconds", "Time of these steps", value=stats.busy_ms / 1e3)
+        yield from _speculation(stats)
 
 
 class BlocksCollector(Collector):
@@ -148,6 +149,37 @@ class PlacementCollector(Collector):
         yield _by_label(
             "omni_worker_expert_load_reports", "Reports of expert load, by outcome", "outcome", report.load_reports
         )
+
+
+class KernelsCollector(Collector):
+    """Calls of Omni's ops in the engine's processes."""
+
+    def __init__(self, read: Callable[[], KernelCalls]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "omni_engine_kernel_calls", "Calls of Omni's ops, all ranks together", labels=["op", "backend"]
+        )
+        for op, backends in self._read().items():
+            for backend, calls in backends.items():
+                family.add_metric([op, backend], calls)
+        yield family
+
+
+def _speculation(stats: EngineStats) -> Iterable[Metric]:
+    """The acceptance rate is accepted over drafted; that of a position is its count over drafts."""
+    totals = {
+        "omni_worker_drafts": ("Drafts verified", stats.drafts),
+        "omni_worker_drafted_tokens": ("Tokens drafted and verified", stats.drafted_tokens),
+        "omni_worker_accepted_tokens": ("Drafted tokens that were right", stats.accepted_tokens),
+    }
+    for name, (text, value) in totals.items():
+        yield CounterMetricFamily(name, text, value=value)
+    by_position = {str(position): count for position, count in enumerate(stats.accepted_by_position)}
+    yield _by_label(
+        "omni_worker_accepted_at", "Drafted tokens that were right, by place in the draft", "position", by_position
+    )
 
 
 def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:

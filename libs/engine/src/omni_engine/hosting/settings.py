@@ -14,6 +14,8 @@ EngineRole = Literal["prefill", "decode", "both"]
 Leg = Literal["prefill", "decode"]
 
 GROUP_LABEL = "omni.group"
+# The drafter of speculative decoding and its tokens, as chosen for the model: 'mtp:2'.
+DRAFTER_LABEL = "omni.speculative"
 
 
 class WorkerSettings(ServiceSettings):

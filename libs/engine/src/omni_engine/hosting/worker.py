@@ -24,7 +24,7 @@ from omni_engine.hosting.accounts import Accounts
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.identity import Identity
 from omni_engine.hosting.mirror import BlockMirror
-from omni_engine.hosting.settings import EngineRole
+from omni_engine.hosting.settings import DRAFTER_LABEL, EngineRole
 from omni_engine.hosting.wire import MEDIA, ROLES, info_to_wire, role_from_wire
 from omni_engine.ports import Engine, EngineStats
 
@@ -58,9 +58,13 @@ class Worker:
             identity.address,
             self._admission.role,
             identity.epoch,
-            dict(identity.labels),
+            self._labels(),
             layout.version if layout else 0,
         )
+
+    def _labels(self) -> dict[str, str]:
+        drafter = self._engine.info.speculative
+        return {**self._identity.labels, **({DRAFTER_LABEL: drafter} if drafter else {})}
 
     def stats(self) -> EngineStats | None:
         """None until the engine is loaded."""

@@ -149,6 +149,9 @@ class SimEngine:
     async def move_experts(self, moves: Sequence[ports.ExpertMove], layout: ports.ExpertLayout) -> None:
         await self._ranks().move(moves, layout)
 
+    async def kernel_calls(self) -> ports.KernelCalls | None:
+        return None
+
     async def drop_ranks(self, ranks: Sequence[int]) -> None:
         self._ranks().drop(ranks)
 

@@ -1,1 +1,1 @@
-"""Faster implementations of the ops, one package per device; chosen by `omni_kernels.load`, never on import."""
+"""Faster implementations of the ops, one package per backend; chosen by `omni_kernels.load`, never on import."""

@@ -1,0 +1,85 @@
+"""Corrections of vLLM's CPU platform, made in the engine's own processes. Booked in UPSTREAM.md, rows 35 to 37.
+
+`vllm_args` names those an engine needs in FIXES_VARIABLE; `plugin.py` calls `install` before the model is made.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+FIXES_VARIABLE = "OMNI_ENGINE_CPU_FIXES"
+LATENT_ROTARY = "latent_rotary"
+INT8_EXPERTS = "int8_experts"
+DRAFT_SAMPLING = "draft_sampling"
+
+
+def install(names: str) -> None:
+    """`names` are separated by commas. Making a fix twice does nothing.
+
+    Raises KeyError for one that is not known.
+    """
+    for name in filter(None, names.split(",")):
+        _FIXES[name]()
+
+
+def _fix_latent_rotary() -> None:
+    """Rotate queries and keys of three dimensions (tokens, heads, width) by vLLM's own torch code.
+
+    The CPU kernel takes the last stride but one as the distance between tokens. For (tokens, heads, width), which only
+    latent attention passes, that is the distance between heads: it turns the wrong values, of other tokens too.
+    """
+    base = importlib.import_module("vllm.model_executor.layers.rotary_embedding.base")
+    kernel = base.RotaryEmbedding.forward_cpu
+    if getattr(kernel, "omni_fix", False):
+        return
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        if query.dim() == 3:
+            return self.forward_native(positions, query, key)
+        return kernel(self, positions, query, key)
+
+    forward_cpu.omni_fix = True  # type: ignore[attr-defined]
+    base.RotaryEmbedding.forward_cpu = forward_cpu
+
+
+def _fix_draft_sampling() -> None:
+    """Give every drafted token its request's temperature, top-k and top-p.
+
+    vLLM's stand-in for the Triton kernel writes into an int64 copy of the output and drops it: drafted tokens of
+    sampled requests are verified with whatever the memory held. And top-k alone fails, and ends the engine, in a step
+    that has no drafted token to verify.
+    """
+    sampler: Any = importlib.import_module("vllm.v1.sample.rejection_sampler")
+    sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    constrain = sampler.apply_sampling_constraints
+    if getattr(constrain, "omni_fix", False):
+        return
+
+    def apply_sampling_constraints(logits: Any, *args: Any) -> Any:
+        return constrain(logits, *args) if len(logits) else logits
+
+    apply_sampling_constraints.omni_fix = True  # type: ignore[attr-defined]
+    sampler.apply_sampling_constraints = apply_sampling_constraints
+
+
+def expand_batch_to_tokens(
+    x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Any:
+    """x (requests,) once for each token of its request, in x's dtype: (num_tokens,); one value may be replaced.
+
+    `cu_num_tokens` (requests,) are the running sums of the requests' tokens.
+    """
+    ends = cu_num_tokens.long()
+    expanded = x.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to) if replace_from != replace_to else expanded
+
+
+def _add_int8_experts() -> None:
+    importlib.import_module("omni_kernels.quantize.vllm_experts").install()
+
+
+_FIXES: Mapping[str, Callable[[], None]] = {
+    LATENT_ROTARY: _fix_latent_rotary,
+    INT8_EXPERTS: _add_int8_experts,
+    DRAFT_SAMPLING: _fix_draft_sampling,
+}

@@ -1,0 +1,1 @@
+"""Which layers may attend sparsely: search and evaluation of patterns."""

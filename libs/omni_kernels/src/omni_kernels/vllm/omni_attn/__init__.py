@@ -1,0 +1,1 @@
+"""Attention over the first and the most recent positions of a sequence, inside vLLM."""
