@@ -57,7 +57,7 @@ class VllmSettings(BaseModel):
         "vllm", description="Whose ops the engine runs on: vllm, omni, or parts of it as in 'omni:norms,routing'"
     )
     attention_pattern: Path | None = Field(
-        None, description="File of `omni attention search`: layers that decode over few KV blocks; the same on all engines"
+        None, description="File of `omni attention search`: which layers decode over few KV blocks; one for all engines"
     )
     speculative: Speculation | None = Field(None, description="Draft tokens: 'mtp:2', 'ngram:3' or 'auto:2'; None: no")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="More vLLM engine arguments, by their names")
