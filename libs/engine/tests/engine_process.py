@@ -3,7 +3,7 @@
 import asyncio
 import multiprocessing
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,14 @@ class EngineProcess:
         self._process.kill()
         self._process.join(10)
 
-    def close(self) -> None:
-        if self._process.is_alive():
+    def ask_to_end(self) -> None:
+        """Without waiting for it; several engines then end side by side."""
+        with suppress(OSError):
             self._pipe.send(None)
-            self._process.join(30)
+
+    def close(self) -> None:
+        self.ask_to_end()
+        self._process.join(30)
         if self._process.is_alive():
             self.kill()
 
@@ -77,6 +81,8 @@ def started(*engines: EngineProcess) -> Iterator[None]:
             engine.wait_started()
         yield
     finally:
+        for engine in engines:
+            engine.ask_to_end()
         for engine in engines:
             engine.close()
 

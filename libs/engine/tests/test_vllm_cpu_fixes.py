@@ -1,10 +1,12 @@
 """Corrections of vLLM's CPU platform against what they correct. Imports vLLM, starts no engine."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from omni_engine import vllm_cpu_fixes
 from omni_engine.vllm_cpu_fixes import install
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -111,3 +113,25 @@ def test_top_k_in_a_step_without_drafts_does_not_end_the_engine(monkeypatch: pyt
 def test_unknown_fixes_are_refused() -> None:
     with pytest.raises(KeyError, match="rotery"):
         install("rotery")
+
+
+@pytest.mark.parametrize(("nodes", "expected"), [("0\n", True), ("0-1\n", False), ("0,2\n", False), (None, False)])
+def test_memory_stays_in_place_where_it_can_be_in_one_place_only(
+    nodes: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = tmp_path / "has_memory"
+    if nodes is not None:
+        listed.write_text(nodes)
+    monkeypatch.setattr(vllm_cpu_fixes, "_MEMORY_NODES", listed)
+    assert vllm_cpu_fixes.has_one_memory_node() is expected
+
+
+def test_the_workers_own_call_migrates_nothing() -> None:
+    from vllm.v1.worker import cpu_worker
+
+    install("memory_in_place")
+    try:
+        assert cpu_worker.torch.ops._C.init_cpu_memory_env([0]) is None
+        assert not hasattr(cpu_worker.torch.ops._C.init_cpu_memory_env, "default"), "still vLLM's op"
+    finally:
+        del cpu_worker.torch.ops._C.init_cpu_memory_env

@@ -37,17 +37,26 @@ EXPERTS = {"moe_permute", "grouped_matmul", "moe_combine"}
 Outputs = list[tuple[list[int], list[float]]]
 
 
-def outputs_of(model_dir: Path, **settings: Any) -> tuple[Outputs, KernelCalls | None]:
-    """Tokens and log-probabilities of each prompt, and what ran on our ops. Starts an engine and ends it."""
+def engine_of(model_dir: Path, core: int, **settings: Any) -> EngineProcess:
     alone: dict[str, Any] = {"kv_cache_gib": 0.1, "max_model_len": 1024, "kv_connector": "", "kv_events": False}
-    core = str(min(os.sched_getaffinity(0)))
-    whole = alone | {"cores": core, "enforce_eager": True, "dtype": "float32"} | settings
-    engine = EngineProcess(VllmSettings(**whole), model_dir, "both")
-    with started(engine):
-        rng = random.Random(3)
-        prompts = [[rng.randrange(300, 900) for _ in range(rng.randrange(8, 150))] for _ in range(NUM_PROMPTS)]
-        jobs = [DecodeJob(f"p{i}", tokens, GREEDY, cache_salt=f"{i}") for i, tokens in enumerate(prompts)]
-        return [logprobs(sequence) for sequence in engine.generate_all(jobs)], engine.call("kernel_calls")
+    whole = alone | {"cores": str(core), "enforce_eager": True, "dtype": "float32"} | settings
+    return EngineProcess(VllmSettings(**whole), model_dir, "both")
+
+
+def outputs_of(model_dir: Path, **settings: Any) -> tuple[Outputs, Outputs, KernelCalls | None]:
+    """Tokens and log-probabilities of each prompt on vLLM's kernels and on ours, and what ran on our ops."""
+    cores = sorted(os.sched_getaffinity(0))
+    theirs, ours = engine_of(model_dir, cores[0]), engine_of(model_dir, cores[-1], **settings)
+    with started(theirs, ours):
+        assert theirs.call("kernel_calls") is None
+        return answers(theirs), answers(ours), ours.call("kernel_calls")
+
+
+def answers(engine: EngineProcess) -> Outputs:
+    rng = random.Random(3)
+    prompts = [[rng.randrange(300, 900) for _ in range(rng.randrange(8, 150))] for _ in range(NUM_PROMPTS)]
+    jobs = [DecodeJob(f"p{i}", tokens, GREEDY, cache_salt=f"{i}") for i, tokens in enumerate(prompts)]
+    return [logprobs(sequence) for sequence in engine.generate_all(jobs)]
 
 
 def logprobs(outputs: list[SequenceOutput]) -> tuple[list[int], list[float]]:
@@ -73,10 +82,7 @@ def assert_equal(reference: Outputs, ours: Outputs) -> None:
 
 def test_a_qwen_shape_on_the_twin_answers_as_on_vllm() -> None:
     """All parts, on the code paths of an out-of-tree platform."""
-    model = MODELS / "tiny-moe"
-    reference, none = outputs_of(model)
-    ours, calls = outputs_of(model, platform="twin", kernels="omni")
-    assert none is None
+    reference, ours, calls = outputs_of(MODELS / "tiny-moe", platform="twin", kernels="omni")
     assert calls is not None
     assert NORMS_AND_ROUTING | EXPERTS | {"paged_attention", "kv_write", "rotary", "swiglu"} <= set(calls)
     assert_equal(reference, ours)
@@ -93,8 +99,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_a_deepseek_shape_on_the_cpu_answers_as_on_vllm(deepseek: Path) -> None:
     """Latent attention, grouped sigmoid routing with a bias, experts and shared experts."""
-    reference, _ = outputs_of(deepseek)
-    ours, calls = outputs_of(deepseek, kernels="omni:norms,routing,experts,attention")
+    reference, ours, calls = outputs_of(deepseek, kernels="omni:norms,routing,experts,attention")
     assert calls is not None
     assert NORMS_AND_ROUTING | EXPERTS | {"mla_attention"} <= set(calls)
     assert_equal(reference, ours)

@@ -1,6 +1,7 @@
 """What speculative decoding asks of an engine's start, and what is counted of it. No vLLM is started."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import ValidationError
 
 from omni_common.errors import InvalidRequest
+from omni_engine import vllm_args
 from omni_engine.hosting.metrics import LoadCollector
+from omni_engine.ports import SamplingParams
 from omni_engine.vllm_args import Role, plan_launch
 from omni_engine.vllm_cpu_fixes import FIXES_VARIABLE
 from omni_engine.vllm_outputs import RunningSequence, Tracker
 from omni_engine.vllm_settings import VllmSettings
+from omni_engine.vllm_speculation import check_sampling
 
 LATENT = {"kv_lora_rank": 512, "num_nextn_predict_layers": 1, "n_routed_experts": 16}
 DENSE: dict[str, Any] = {"hidden_size": 64}
@@ -72,23 +76,44 @@ def test_layouts_and_drafters_exclude_each_other() -> None:
         VllmSettings(speculative="mtp:2", expert_parallel=True, tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize("field", [{"min_p": 0.1}, {"logit_bias": {5: 3.0}}])
+def test_what_drafts_cannot_obey_is_refused_by_name(field: dict[str, Any]) -> None:
+    check_sampling(SamplingParams(max_tokens=4))
+    with pytest.raises(InvalidRequest, match="speculative") as raised:
+        check_sampling(SamplingParams(max_tokens=4, **field))
+    assert raised.value.field == next(iter(field))
+
+
+@pytest.fixture
+def memory_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda count: monkeypatch.setattr(vllm_args, "has_one_memory_node", lambda: count == 1)
+
+
 @pytest.mark.parametrize(
-    ("config", "platform", "fixes"),
+    ("config", "platform", "nodes", "fixes"),
     [
-        (LATENT, "cpu", "latent_rotary"),
-        (LATENT | {"quantization_config": {"format": "int-quantized"}}, "cpu", "latent_rotary,int8_experts"),
-        (DENSE, "cpu", None),
-        (LATENT, "cuda", None),
+        (LATENT, "cpu", 2, "latent_rotary"),
+        (LATENT | {"quantization_config": {"format": "int-quantized"}}, "cpu", 2, "latent_rotary,int8_experts"),
+        (DENSE, "cpu", 2, None),
+        (DENSE, "cpu", 1, "memory_in_place"),
+        (LATENT, "cuda", 1, None),
     ],
 )
-def test_cpu_engines_get_the_fixes_their_model_needs(
-    tmp_path: Path, config: dict[str, Any], platform: str, fixes: str | None
+def test_cpu_engines_get_the_fixes_their_model_and_machine_need(
+    tmp_path: Path,
+    memory_nodes: Callable[[int], None],
+    config: dict[str, Any],
+    platform: str,
+    nodes: int,
+    fixes: str | None,
 ) -> None:
+    memory_nodes(nodes)
     plan = plan_launch(VllmSettings(platform=platform), model(tmp_path, config), "m", "decode")  # type: ignore[arg-type]
     assert plan.environment.get(FIXES_VARIABLE) == fixes
 
 
-def test_drafts_on_cpu_are_sampled_right(tmp_path: Path) -> None:
+def test_drafts_on_cpu_are_sampled_right(tmp_path: Path, memory_nodes: Callable[[int], None]) -> None:
+    memory_nodes(2)
     settings = VllmSettings.model_validate({"speculative": "ngram:2"})
     plan = plan_launch(settings, model(tmp_path, DENSE), "m", "decode")
     assert plan.environment[FIXES_VARIABLE] == "draft_sampling"

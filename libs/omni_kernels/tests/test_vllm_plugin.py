@@ -31,7 +31,7 @@ ASCEND_LAYERS = {
     ("kernels", "where", "parts"),
     [
         ("vllm", "cpu", set()),
-        ("omni", "cpu", {"norms", "routing"}),
+        ("omni", "cpu", {"routing"}),
         ("omni", "twin", set(PARTS)),
         ("omni", "ascend", {"norms"}),
         ("omni:attention,norms", "cpu", {"attention", "norms"}),

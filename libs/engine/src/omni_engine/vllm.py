@@ -53,6 +53,7 @@ from omni_engine.vllm_pattern import KEY as PATTERN_KEY
 from omni_engine.vllm_pattern import groups_of_prefix
 from omni_engine.vllm_sampling import sampling_params
 from omni_engine.vllm_settings import VllmSettings
+from omni_engine.vllm_speculation import check_sampling
 
 log = logging.getLogger(__name__)
 
@@ -271,6 +272,8 @@ class VllmEngine:
             raise InvalidRequest(_one_line(error), field=getattr(error, "parameter", None)) from None
 
     def _sampling(self, params: SamplingParams, transfer: dict[str, Any] | None, max_tokens: int | None = None) -> Any:
+        if self._plan.speculative:
+            check_sampling(params)
         try:
             return sampling_params(params, transfer, max_tokens)
         except Exception as error:

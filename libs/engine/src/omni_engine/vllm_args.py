@@ -13,7 +13,14 @@ from typing import Any, Literal
 from omni_common.errors import InvalidRequest
 from omni_engine import vllm_pattern
 from omni_engine.plugin import EXPERTS_VARIABLE, PROGRESS_VARIABLE
-from omni_engine.vllm_cpu_fixes import DRAFT_SAMPLING, FIXES_VARIABLE, INT8_EXPERTS, LATENT_ROTARY
+from omni_engine.vllm_cpu_fixes import (
+    DRAFT_SAMPLING,
+    FIXES_VARIABLE,
+    INT8_EXPERTS,
+    LATENT_ROTARY,
+    MEMORY_IN_PLACE,
+    has_one_memory_node,
+)
 from omni_engine.vllm_pattern import read_pattern
 from omni_engine.vllm_settings import VllmSettings
 from omni_engine.vllm_speculation import Speculation
@@ -124,13 +131,14 @@ def _drafting(drafter: Speculation, settings: VllmSettings, role: Role) -> dict[
 
 
 def _cpu_fixes(settings: VllmSettings, config: dict[str, Any]) -> str:
-    """What `vllm_cpu_fixes` must correct for this model."""
+    """What `vllm_cpu_fixes` must correct for this model on this machine."""
     if not settings.on_cpu:
         return ""
     needed = {
         LATENT_ROTARY: config.get("kv_lora_rank"),
         INT8_EXPERTS: config.get("quantization_config"),
         DRAFT_SAMPLING: settings.speculative,
+        MEMORY_IN_PLACE: has_one_memory_node(),
     }
     return ",".join(name for name, is_needed in needed.items() if is_needed)
 

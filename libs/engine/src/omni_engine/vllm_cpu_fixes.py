@@ -1,16 +1,25 @@
-"""Corrections of vLLM's CPU platform, made in the engine's own processes. Booked in UPSTREAM.md, rows 35 to 37.
+"""Corrections of vLLM's CPU platform, made in the engine's own processes. Booked in UPSTREAM.md, rows 11 and 35 to 37.
 
 `vllm_args` names those an engine needs in FIXES_VARIABLE; `plugin.py` calls `install` before the model is made.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 FIXES_VARIABLE = "OMNI_ENGINE_CPU_FIXES"
 LATENT_ROTARY = "latent_rotary"
 INT8_EXPERTS = "int8_experts"
 DRAFT_SAMPLING = "draft_sampling"
+MEMORY_IN_PLACE = "memory_in_place"
+
+_MEMORY_NODES = Path("/sys/devices/system/node/has_memory")
+
+
+def has_one_memory_node() -> bool:
+    """False also where nothing says so."""
+    return _MEMORY_NODES.is_file() and _MEMORY_NODES.read_text().strip().isdecimal()
 
 
 def install(names: str) -> None:
@@ -74,6 +83,15 @@ def expand_batch_to_tokens(
     return expanded.masked_fill(expanded == replace_from, replace_to) if replace_from != replace_to else expanded
 
 
+def _keep_memory_in_place() -> None:
+    """Bind and migrate no memory: for machines where all of it is on one node.
+
+    vLLM's op asks the kernel to migrate the worker's pages to its node. Before it finds that they are there, the kernel
+    waits for every core to drain its lists of pages, which a core kept busy by another worker may not do for minutes.
+    """
+    importlib.import_module("torch").ops._C.init_cpu_memory_env = lambda nodes: None
+
+
 def _add_int8_experts() -> None:
     importlib.import_module("omni_kernels.quantize.vllm_experts").install()
 
@@ -82,4 +100,5 @@ _FIXES: Mapping[str, Callable[[], None]] = {
     LATENT_ROTARY: _fix_latent_rotary,
     INT8_EXPERTS: _add_int8_experts,
     DRAFT_SAMPLING: _fix_draft_sampling,
+    MEMORY_IN_PLACE: _keep_memory_in_place,
 }

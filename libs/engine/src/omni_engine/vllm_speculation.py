@@ -11,10 +11,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from omni_common.errors import InvalidRequest
+from omni_engine.ports import SamplingParams
 
 Method = Literal["mtp", "ngram", "auto"]
 # What configurations call the number of prediction layers.
 PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+# What vLLM cannot apply to drafts.
+_NOT_WITH_DRAFTS = ("min_p", "logit_bias")
 # An n-gram of this many tokens, the longest first, is looked for in the sequence.
 _NGRAM_TOKENS = (2, 4)
 
@@ -72,3 +75,13 @@ def num_prediction_layers(config: Mapping[str, Any]) -> int:
     """Multi-token-prediction layers in a model's config.json."""
     shape = config.get("text_config", config)
     return next((int(shape[name]) for name in PREDICTION_LAYERS if shape.get(name)), 0)
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Raises InvalidRequest for what cannot be applied to drafts.
+
+    Asked on both legs: a prefill leg that drafts nothing would give a first token of an answer that decode refuses.
+    """
+    for name in _NOT_WITH_DRAFTS:
+        if getattr(params, name):
+            raise InvalidRequest(f"{name} cannot be used: this model is served with speculative decoding", field=name)

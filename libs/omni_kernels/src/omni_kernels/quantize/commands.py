@@ -31,9 +31,10 @@ def quantize(
 ) -> None:
     """Write a model with int8 weights that [bold]omni up --model[/] serves, and check it against the original.
 
-    Half the bytes of bf16, read back and compared matrix by matrix. Needs no data and no accelerator: activations are
-    quantised as they come. Routers, heads, embeddings, norms, and what latent attention folds ([bold]kv_b_proj[/])
-    stay as they are. Dense, mixture-of-experts and latent-attention models, with prediction layers or without.
+    Quantised matrices take half the bytes of bf16; each is read back and compared. Needs no data and no accelerator:
+    activations are quantised as they come. Routers, heads, embeddings, norms, and what latent attention folds
+    ([bold]kv_b_proj[/]) stay as they are. Dense, mixture-of-experts and latent-attention models, with prediction layers
+    or without.
 
     Example: [bold]omni quantize models/tiny-moe --out /tmp/tiny-moe-w8a8 && omni up --model /tmp/tiny-moe-w8a8[/]
     """

@@ -33,8 +33,8 @@ POSSIBLE: Mapping[str, frozenset[str]] = {
 }
 USUAL: Mapping[str, frozenset[str]] = {
     **POSSIBLE,
-    # The portable forms of the other parts are slower than vLLM's CPU kernels.
-    "cpu": frozenset({"norms", "routing"}),
+    # The other parts are slower than vLLM's CPU kernels, and norms than what torch.compile makes of vLLM's.
+    "cpu": frozenset({"routing"}),
 }
 # vLLM has no kernels of its own for an out-of-tree platform.
 _NEEDED: Mapping[str, frozenset[str]] = {"twin": frozenset({"routing", "experts"})}
