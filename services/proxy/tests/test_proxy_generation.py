@@ -195,7 +195,8 @@ async def test_what_the_prefill_worker_refuses_is_the_clients_to_mend(start):
     stack = await start("p d")
     stack["p"].prefill_error = InvalidRequest("too long for the engine", field="prompt")
     response = await stack.chat()
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, "prompt", "invalid_argument")
 
 
 async def test_a_rejected_submit_goes_to_another_decode_worker(start):
@@ -211,6 +212,13 @@ async def test_a_submit_that_everyone_rejects_keeps_its_reason(start):
     stack = await start("d", reject=("RESOURCE_EXHAUSTED", "full"))
     response = await stack.chat()
     assert (response.status_code, response.json()["error"]["message"]) == (429, "full")
+
+
+async def test_what_a_decode_worker_finds_wrong_is_the_callers_to_mend(start):
+    stack = await start("d1 d2", reject=("INVALID_ARGUMENT", "min_p cannot be used"))
+    response = await stack.chat()
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_argument")
+    assert sum(len(worker.submits) for worker in stack.workers.values()) == 1, "another worker would say the same"
 
 
 @pytest.mark.parametrize("stream", [False, True])

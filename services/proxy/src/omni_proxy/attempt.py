@@ -12,10 +12,6 @@ _REFUSALS = frozenset({"rejected", "draining", "loading"})
 """Reasons of a worker that is well and takes no work."""
 
 
-_REFUSALS = frozenset({"rejected", "draining", "loading"})
-"""Reasons of a worker that is well and takes no work."""
-
-
 def outcome_of(error: OmniError) -> Outcome:
     """Whose fault an error of a leg is."""
     if error.reason in _REFUSALS or error.code in (Code.RESOURCE_EXHAUSTED, Code.FAILED_PRECONDITION):

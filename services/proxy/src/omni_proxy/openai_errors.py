@@ -39,7 +39,7 @@ def status_of(error: OmniError) -> int:
 
 def error_body(error: OmniError) -> dict[str, Any]:
     _, kind = _STATUS[error.code]
-    body = {"message": error.message, "type": kind, "param": error.field, "code": error.reason or error.code.lower()}
+    body = {"message": error.message, "type": kind, "param": error.field, "code": (error.reason or error.code).lower()}
     return {"error": body}
 
 

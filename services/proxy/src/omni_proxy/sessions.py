@@ -15,7 +15,7 @@ import grpc
 
 from omni.decode.v1 import decode_service_pb2 as pb
 from omni.decode.v1 import decode_service_pb2_grpc
-from omni_common.errors import OmniError, Unavailable, error_of
+from omni_common.errors import Code, OmniError, Unavailable, error_of
 from omni_common.rpc_errors import from_rpc_error
 from omni_proxy.attempt import STALLED
 from omni_proxy.backoff import Backoff
@@ -173,7 +173,8 @@ class DecodeSession:
             self._on_frame(message.step)
         elif kind == "rejected":
             refused = message.rejected
-            error = error_of(refused.code, refused.detail or "the decode worker refused", reason="rejected")
+            reason = "" if refused.code == Code.INVALID_ARGUMENT else "rejected"  # the caller's fault, not the worker's
+            error = error_of(refused.code, refused.detail or "the decode worker refused", reason=reason)
             self._finish(refused.stream_id, End(error=error, rejected=True))
 
     def _on_frame(self, frame: pb.StepFrame) -> None:
