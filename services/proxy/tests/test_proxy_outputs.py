@@ -47,6 +47,9 @@ CASES = [
     ("hermes", "plain text", "", "plain text", []),
     ("hermes", f"Let me see.{HERMES}", "", "Let me see.", ["look"]),
     ("hermes", f"{HERMES}\n{HERMES}", "", "", ["look", "look"]),
+    ("hermes", f"Wait. {HERMES}\n\n{HERMES} done \n", "", "Wait.  done \n", ["look", "look"]),
+    ("hermes", f"Wait.{HERMES}\n", "", "Wait.", ["look"]),
+    ("hermes", f"{HERMES}\n<tool_call>oops</tool_call>", "", "\n<tool_call>oops</tool_call>", ["look"]),
     ("hermes", "<tool_call>oops</tool_call>", "", "<tool_call>oops</tool_call>", []),
     ("hermes", '<tool_call>{"name": "lo', "", '<tool_call>{"name": "lo', []),
     ("hermes", "a < b <tool", "", "a < b <tool", []),
@@ -67,8 +70,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "output", "reasoning", "content", "calls"), CASES)
-@settings(max_examples=30, deadline=None)
-@given(cuts=st.lists(st.integers(0, 200), max_size=40))
+@settings(max_examples=50, deadline=None)
+@given(cuts=st.lists(st.integers(0, 200), max_size=60))
 def test_an_output_is_read_alike_however_it_is_cut(name, output, reasoning, content, calls, cuts):
     found = read(output, Reading(FORMATS[name], with_calls=True), cuts)
     assert (found.reasoning, found.content, [c.name for c in found.calls]) == (reasoning, content, calls)

@@ -61,7 +61,8 @@ class OutputParser:
         self._with_calls = reading.with_calls and reading.format.calls is not None
         self._finder: MarkFinder | None = None
         self._block: list[str] = []
-        self.calls: list[ToolCall] = []
+        self._space: str | None = None
+        """White space since the last call; None where content has come, or no call."""
         reasoning = reading.format.reasoning
         self._state: State = self._reasoning if reading.begins_inside else self._start if reasoning else self._content
         self._lead = ""
@@ -70,7 +71,7 @@ class OutputParser:
         parts = Parts()
         while text:
             text = self._state(text, parts)
-        return self._trimmed(parts)
+        return parts
 
     def flush(self) -> Parts:
         """What was held back: an unfinished block or mark."""
@@ -79,11 +80,11 @@ class OutputParser:
         if state == self._reasoning:
             parts.reasoning = held if self._shows_reasoning else ""
         elif state == self._call and self._format.calls is not None:
-            parts.content = self._format.calls.open + "".join(self._block) + held
+            parts.content = self._shown(self._format.calls.open + "".join(self._block) + held)
         else:
-            parts.content = self._lead + held
+            parts.content = self._shown(self._lead + held)
         self._lead, self._block, self._state = "", [], self._content
-        return self._trimmed(parts)
+        return parts
 
     def _start(self, text: str, parts: Parts) -> str:
         """Nothing but white space has come: reasoning opens here or not at all."""
@@ -120,7 +121,7 @@ class OutputParser:
             parts.content += text
             return ""
         before, mark, rest = self._found([self._format.calls.open], text)
-        parts.content += before
+        parts.content += self._shown(before)
         if mark is not None:
             self._enter(self._call)
         return rest
@@ -140,11 +141,19 @@ class OutputParser:
         assert marks is not None
         found = self._format.read_calls(body)
         if found is None:
-            parts.content += f"{marks.open}{body}{marks.close}"
+            parts.content += self._shown(f"{marks.open}{body}{marks.close}")
             return
         calls = [ToolCall(f"call_{secrets.token_hex(12)}", name, arguments) for name, arguments in found]
         parts.calls += calls
-        self.calls += calls
+        self._space = ""
+
+    def _shown(self, text: str) -> str:
+        """White space between and after calls is no content; it waits for what comes behind it."""
+        if self._space is None:
+            return text
+        text = self._space + text
+        self._space = text if text.isspace() or not text else None
+        return "" if self._space is not None else text
 
     def _found(self, marks: Sequence[str], text: str) -> tuple[str, str | None, str]:
         if self._finder is None:
@@ -153,9 +162,3 @@ class OutputParser:
 
     def _enter(self, state: State) -> None:
         self._state, self._finder = state, None
-
-    def _trimmed(self, parts: Parts) -> Parts:
-        """White space between and after calls is not an answer."""
-        if self.calls and parts.content.isspace():
-            parts.content = ""
-        return parts
