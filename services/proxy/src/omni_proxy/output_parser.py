@@ -58,7 +58,7 @@ class OutputParser:
     def __init__(self, reading: Reading) -> None:
         self._format = reading.format
         self._shows_reasoning = reading.shows_reasoning
-        self._with_calls = reading.with_calls and reading.format.calls is not None
+        self._calls = reading.format.calls if reading.with_calls else None
         self._finder: MarkFinder | None = None
         self._block: list[str] = []
         self._space: str | None = None
@@ -79,8 +79,8 @@ class OutputParser:
         held = self._finder.flush() if self._finder is not None else ""
         if state == self._reasoning:
             parts.reasoning = held if self._shows_reasoning else ""
-        elif state == self._call and self._format.calls is not None:
-            parts.content = self._shown(self._format.calls.open + "".join(self._block) + held)
+        elif state == self._call and self._calls is not None:
+            parts.content = self._shown(self._calls.open + "".join(self._block) + held)
         else:
             parts.content = self._shown(self._lead + held)
         self._lead, self._block, self._state = "", [], self._content
@@ -104,9 +104,9 @@ class OutputParser:
         return seen
 
     def _reasoning(self, text: str, parts: Parts) -> str:
-        reasoning, calls = self._format.reasoning, self._format.calls
+        reasoning = self._format.reasoning
         assert reasoning is not None
-        marks = [reasoning.close] + ([calls.open] if calls is not None and self._with_calls else [])
+        marks = [reasoning.close] + ([self._calls.open] if self._calls is not None else [])
         before, mark, rest = self._found(marks, text)
         if self._shows_reasoning:
             parts.reasoning += before
@@ -117,18 +117,18 @@ class OutputParser:
         return rest
 
     def _content(self, text: str, parts: Parts) -> str:
-        if not self._with_calls or self._format.calls is None:
+        if self._calls is None:
             parts.content += text
             return ""
-        before, mark, rest = self._found([self._format.calls.open], text)
+        before, mark, rest = self._found([self._calls.open], text)
         parts.content += self._shown(before)
         if mark is not None:
             self._enter(self._call)
         return rest
 
     def _call(self, text: str, parts: Parts) -> str:
-        assert self._format.calls is not None
-        before, mark, rest = self._found([self._format.calls.close], text)
+        assert self._calls is not None
+        before, mark, rest = self._found([self._calls.close], text)
         self._block.append(before)
         if mark is not None:
             self._close("".join(self._block), parts)
@@ -137,11 +137,10 @@ class OutputParser:
         return rest
 
     def _close(self, body: str, parts: Parts) -> None:
-        marks = self._format.calls
-        assert marks is not None
+        assert self._calls is not None
         found = self._format.read_calls(body)
         if found is None:
-            parts.content += self._shown(f"{marks.open}{body}{marks.close}")
+            parts.content += self._shown(f"{self._calls.open}{body}{self._calls.close}")
             return
         calls = [ToolCall(f"call_{secrets.token_hex(12)}", name, arguments) for name, arguments in found]
         parts.calls += calls

@@ -9,12 +9,10 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray
-from numba.extending import intrinsic
 from torch import Tensor
 
-from omni_kernels.backends.cpu.compiled import pointer
+from omni_kernels.backends.cpu.compiled import as_float, pointer
 
 F = TypeVar("F", bound=Callable[..., Any])
 FLOAT, HALF, BITS, BYTE, WORD = np.float32, np.uint16, np.uint32, np.int8, np.int32
@@ -63,23 +61,13 @@ def store(row: Any, at: int, is_half: bool) -> None:
             whole[i] = row[i]
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _as_float(context: Any, word: Any) -> Any:
-    del context, word
-
-    def build(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return numba.types.float32(numba.types.int32), build
-
-
 @part
 def quantise(row: Any, q_at: int, scale_at: int) -> None:
     """As `omni_kernels.ops.quant.quantised`."""
     bits, largest = row.view(BITS), BITS(0)
     for i in range(len(row)):
         largest = max(largest, bits[i] & BITS(0x7FFFFFFF))  # floats of one sign are ordered as their bits are
-    scale = _as_float(WORD(largest)) / FLOAT(127)
+    scale = as_float(WORD(largest)) / FLOAT(127)
     carray(pointer(scale_at, FLOAT), (1,))[0] = scale
     q = carray(pointer(q_at, BYTE), row.shape)
     divisor = scale if scale > 0 else FLOAT(1)
@@ -99,7 +87,7 @@ def exponential(x: Any) -> Any:
     p = p * r + FLOAT(4.1665795894e-2)
     p = p * r + FLOAT(1.6666665459e-1)
     p = p * r + FLOAT(5.0000001201e-1)
-    return (p * r * r + r + FLOAT(1)) * _as_float((WORD(n) + WORD(127)) << WORD(23))
+    return (p * r * r + r + FLOAT(1)) * as_float((WORD(n) + WORD(127)) << WORD(23))
 
 
 def empty_quantised(shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
