@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 DEVICE ?= cpu
 VLLM ?= 0.27.1
 ARGS ?=
+# Test processes; 0 runs all tests in one, with output as it comes.
+JOBS ?= 2
 BUF_VERSION := 1.75.0
 
 BIN := .venv/bin
@@ -31,10 +33,10 @@ run: setup  ## start 1 prefill + 1 decode on CPU, show a first answer, stay unti
 	@$(OMNI) up $(ARGS)
 
 test: setup  ## the full test suite
-	@$(BIN)/python -m pytest -m "not compose" $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not compose" $(TESTS) $(ARGS)
 
 test-fast: setup  ## all but the tests that start real engines
-	@$(BIN)/python -m pytest -m "not compose and not engine" $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not compose and not engine" $(TESTS) $(ARGS)
 
 test-all: setup  ## the full test suite and the container tests
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)

@@ -37,10 +37,22 @@ OUTPUT_TOKENS = 8
 PREFILL_MS = 4.0, 0.2
 """Of a prompt on an engine process: base, and per token. So slow that not this machine's cores are the limit."""
 GOAL = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`is_warm`: the proxy has served other prompts before, which no engine has cached."""
+
+    is_flooded: bool = True
+    fairness: str = "least_attained_service"
+    is_warm: bool = True
+
+
 CASES = {
-    "alone": (False, "least_attained_service"),
-    "flooded": (True, "least_attained_service"),
-    "flooded, no fairness": (True, "none"),
+    "alone": Case(is_flooded=False),
+    "flooded": Case(),
+    "flooded, proxy just started": Case(is_warm=False),
+    "flooded, no fairness": Case(fairness="none"),
 }
 WAIT_S = 120.0
 
@@ -118,18 +130,19 @@ def measured(scene: Scene, say: Console) -> list[Row]:
     answered: dict[str, list[tuple[str, Answer]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory(prefix="omni-bench-tenants-") as folder, engines(shape, Path(folder)) as stack:
         for repeat in range(scene.repeats):
-            for name, (is_flooded, fairness) in CASES.items():
+            for name, case in CASES.items():
                 say.print(f"round {repeat + 1}: {name}", highlight=False)
                 orders = [o for t in QUIET for o in orders_of(scene, t, scene.quiet_per_s, f"{t}{repeat}{name}")]
-                if is_flooded:
+                if case.is_flooded:
                     per_s = scene.flood_load * scene.capacity_per_s
                     orders += orders_of(scene, FLOOD, per_s, f"{FLOOD}{repeat}{name}")
                 # Nobody's rates are limited: what protects the quiet is the queue alone.
-                flow = {"fairness": fairness, "ttl_s": 10, "max_requests": 100_000, "max_tenant_requests": 100_000}
+                flow = {"fairness": case.fairness, "ttl_s": 10, "max_requests": 100_000, "max_tenant_requests": 100_000}
                 with proxy(shape, stack, {"flow": flow}, Path(folder)) as at:
-                    # Of a tenant of its own: what one has had counts against it.
-                    warm = [replace(order, at_s=order.at_s / 10) for order in orders_of(scene, "warm", 4.0, "warm")]
-                    asyncio.run(ask(at, warm))
+                    if case.is_warm:
+                        # Of a tenant of its own: what one has had counts against it.
+                        before = orders_of(scene, "warm", 4.0, f"warm{repeat}{name}")
+                        asyncio.run(ask(at, [replace(order, at_s=order.at_s / 10) for order in before]))
                     answered[name] += asyncio.run(ask(at, orders))
     fleet = f"{shape.title}, processes"
     return [row_of(fleet, name, answers) for name, answers in answered.items()]
@@ -141,11 +154,13 @@ def foreseen(scene: Scene) -> list[Row]:
     for count in scene.virtual_prefills:
         fleet = FleetScene(prefills=count, decodes=count, spread_s=0.0, seed=1)
         capacity_per_s = count / fleet.prefill_model.unloaded_s(scene.virtual_tokens)
-        for name, (is_flooded, fairness) in CASES.items():
+        for name, case in CASES.items():
+            if not case.is_warm:
+                continue
             rates = dict.fromkeys(QUIET, 0.05 * capacity_per_s)
-            rates |= {FLOOD: scene.flood_load * capacity_per_s} if is_flooded else {}
+            rates |= {FLOOD: scene.flood_load * capacity_per_s} if case.is_flooded else {}
             asked = [one for tenant, per_s in rates.items() for one in arrivals(scene, tenant, per_s)]
-            system = replace(SYSTEMS["cost"], flow=held(fairness=fairness))
+            system = replace(SYSTEMS["cost"], flow=held(fairness=case.fairness))
             served = simulate(fleet, system, sorted(asked, key=lambda one: one.at_s)).served
             ttfts_s = [one.ttft_s for one in served if one.tenant != FLOOD]
             taken = latency_of(ttfts_s)
@@ -168,7 +183,12 @@ def notes_of(scene: Scene, rows: Sequence[Row]) -> list[str]:
     by_fleet: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_fleet.setdefault(row.fleet, {})[row.name] = row
-    verdicts = [verdict(fleet, cases["alone"], cases["flooded"]) for fleet, cases in by_fleet.items()]
+    verdicts = [
+        verdict(title, cases["alone"], cases[name])
+        for title, cases in by_fleet.items()
+        for name in cases
+        if CASES[name].is_flooded and CASES[name].fairness != "none"
+    ]
     return [
         *verdicts,
         f"processes: prompts of {scene.prompt_tokens} tokens (the flood's of half to one and a half times that) take "
@@ -184,7 +204,9 @@ def notes_of(scene: Scene, rows: Sequence[Row]) -> list[str]:
 def verdict(fleet: str, alone: Row, beside: Row) -> str:
     ratio = beside.p99_ms / alone.p99_ms if alone.p99_ms else float("inf")
     is_met = ratio <= GOAL and not beside.quiet_failed
-    return f"{'met' if is_met else 'NOT met'}, {fleet}: the quiet tenants' p99 is {ratio:.2f} of that alone"
+    return (
+        f"{'met' if is_met else 'NOT met'}, {fleet}, {beside.name}: the quiet tenants' p99 is {ratio:.2f} of that alone"
+    )
 
 
 def counts(row: Row) -> tuple[int, int, int, int]:

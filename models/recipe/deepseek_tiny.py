@@ -12,19 +12,13 @@ is the tiny model's. Answers are noise, yet the same noise for the same seed.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from model_folder import TINY_MOE, arguments, copy_tokenizer, token_ids, write_json, write_weights
 from torch import Tensor
-
-TINY_MOE = Path(__file__).parents[1] / "tiny-moe"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +40,7 @@ class Shape:
     value: int = 128
 
 
-def config(shape: Shape, tiny: dict[str, object]) -> dict[str, object]:
+def config(shape: Shape, ids: Mapping[str, int]) -> dict[str, object]:
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -87,8 +81,8 @@ def config(shape: Shape, tiny: dict[str, object]) -> dict[str, object]:
         "initializer_range": 0.02,
         "use_cache": True,
         "bos_token_id": None,
-        "eos_token_id": tiny["eos_token_id"],
-        "pad_token_id": tiny["pad_token_id"],
+        "eos_token_id": ids["eos_token_id"],
+        "pad_token_id": ids["pad_token_id"],
     }
 
 
@@ -158,26 +152,22 @@ def random_weight(name: str, size: tuple[int, ...], generator: torch.Generator) 
 def make(out: Path, seed: int = 0, tiny: Path = TINY_MOE) -> Path:
     """Write the model to `out`, with the tokenizer and token ids of `tiny`."""
     out.mkdir(parents=True, exist_ok=True)
-    tiny_config = json.loads((tiny / "config.json").read_text())
-    shape = Shape(vocab=tiny_config["vocab_size"])
+    ids = token_ids(tiny)
+    shape = Shape(vocab=ids["vocab_size"])
     generator = torch.Generator().manual_seed(seed)
     weights = {name: random_weight(name, size, generator) for name, size in every_weight(shape)}
     # A checkpoint repeats the embedding and the head under the prediction layer; engines may share them.
     last = f"model.layers.{shape.layers}"
     weights[f"{last}.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
     weights[f"{last}.shared_head.head.weight"] = weights["lm_head.weight"].clone()
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # written for its owner only; servers run as other users
-    (out / "config.json").write_text(json.dumps(config(shape, tiny_config), indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        shutil.copy(tiny / name, out / name)
+    write_weights(out, weights)
+    write_json(out / "config.json", config(shape, ids))
+    copy_tokenizer(out, tiny)
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights")
+    parser = arguments(__doc__)
     parser.add_argument(
         "--tiny", type=Path, default=TINY_MOE, help="folder of the tiny model whose tokenizer is reused"
     )

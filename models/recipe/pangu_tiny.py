@@ -13,14 +13,12 @@ that openPangu writes turns, reasoning and tool calls with. Answers are noise, y
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from deepseek_tiny import TINY_MOE, random_weight
-from safetensors.torch import save_file
+from deepseek_tiny import random_weight
+from model_folder import TINY_MOE, arguments, write_json, write_weights
 from tokenizers import AddedToken, Tokenizer
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD, DENSE = 128, 3, 4, 2, 32, 256
@@ -153,23 +151,19 @@ def make(out: Path, shape: str, seed: int = 0) -> Path:
     tokenizer.save(str(out / "tokenizer.json"))
     eos = tokenizer.token_to_id("[unused10]")
     names = {"eos_token": "[unused10]", "pad_token": "[unused10]", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (out / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+    write_json(out / "tokenizer_config.json", names)
     (out / "chat_template.jinja").write_text(TEMPLATE)
-    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}) + "\n")
+    write_json(out / "generation_config.json", {"eos_token_id": eos}, indent=None)
     (out / "configuration_openpangu.py").write_text(configuration_code(model_type))
-    (out / "config.json").write_text(json.dumps(common(model_type, architecture, eos) | dict(sizes), indent=2) + "\n")
+    write_json(out / "config.json", common(model_type, architecture, eos) | dict(sizes))
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: random_weight(name, size, generator) for name, size in every_weight(shape)}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # written for its owner only; servers run as other users
+    write_weights(out, {name: random_weight(name, size, generator) for name, size in every_weight(shape)})
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights")
+    parser = arguments(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, required=True, help="dense, or latent attention with experts")
     args = parser.parse_args()
     print(make(args.out, args.shape, args.seed))
 

@@ -8,20 +8,17 @@ The tokenizer is the tiny model's. Answers are noise, yet the same noise for the
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 from pathlib import Path
 
 import torch
-from deepseek_tiny import TINY_MOE, TOKENIZER_FILES
+from model_folder import TINY_MOE, arguments, copy_tokenizer, let_others_read, token_ids
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 def make(out: Path, seed: int = 0, tiny: Path = TINY_MOE) -> Path:
     """Write the model to `out`, with the tokenizer and token ids of `tiny`."""
     torch.manual_seed(seed)
-    ids = json.loads((tiny / "config.json").read_text())
+    ids = token_ids(tiny)
     config = Qwen3Config(
         vocab_size=ids["vocab_size"],
         hidden_size=256,
@@ -44,17 +41,13 @@ def make(out: Path, seed: int = 0, tiny: Path = TINY_MOE) -> Path:
                 gain = 1.0 if "embed" in name else (4.0 if "lm_head" in name else 1.0) * weight.shape[1] ** -0.5
                 weight.normal_(std=gain)
     model.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # written for its owner only; servers run as other users
-    for name in TOKENIZER_FILES:
-        shutil.copy(tiny / name, out / name)
+    let_others_read(out)
+    copy_tokenizer(out, tiny)
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     print(make(args.out, args.seed))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from corpus import Document, documents
+from model_folder import write_json
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +60,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, config)
 
 
 def rendered(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from evaluate import accuracy, overall
+from model_folder import let_others_read, write_json
 from muon import Muon
 from tokens import END_OF_TEXT, TURN_END, batches, save_tokenizer, train_tokenizer
 from torch import Tensor
@@ -159,7 +160,7 @@ def save_all(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
     ends = [tokenizer.convert_tokens_to_ids(mark) for mark in (TURN_END, END_OF_TEXT)]
     narrow.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=False)
     narrow.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # written for its owner only; servers run as other users
+    let_others_read(folder)
     respell_config(folder / "config.json")
     save_tokenizer(tokenizer, folder)
 
@@ -169,7 +170,7 @@ def respell_config(path: Path) -> None:
     config = json.loads(path.read_text())
     config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(path, config, sort_keys=True)
 
 
 def largest_difference(trained: Qwen3MoeForCausalLM, saved: Qwen3MoeForCausalLM, tokens: Tensor) -> float:
@@ -235,7 +236,7 @@ def main() -> None:
         "held_out_topics": by_topic,
         "curve": curve[:: max(1, len(curve) // 20)],
     }
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(args.out / "figures.json", figures)
     print(json.dumps({name: value for name, value in figures.items() if name != "curve"}, indent=2))
 
 

@@ -14,17 +14,15 @@ Head widths and counts are small. Tokenizer, text and schedule are the tiny mode
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from deepseek_tiny import TINY_MOE, TOKENIZER_FILES, Shape, config
+from deepseek_tiny import Shape, config
+from model_folder import TINY_MOE, copy_tokenizer, token_ids, write_json, write_weights
 from muon import Muon
-from safetensors.torch import save_file
 from tokens import batches
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -166,12 +164,9 @@ def checkpoint(learner: Learner, shape: Shape) -> dict[str, Tensor]:
 
 def save(learner: Learner, shape: Shape, out: Path, tiny: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    save_file(checkpoint(learner, shape), out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # written for its owner only; servers run as other users
-    tiny_config = json.loads((tiny / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config(shape, tiny_config), indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        shutil.copy(tiny / name, out / name)
+    write_weights(out, checkpoint(learner, shape))
+    write_json(out / "config.json", config(shape, token_ids(tiny)))
+    copy_tokenizer(out, tiny)
 
 
 def parsed() -> argparse.Namespace:
@@ -191,7 +186,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tiny)
     shape = TRAINED
-    learner = Learner(DeepseekV3Config(**config(shape, json.loads((args.tiny / "config.json").read_text()))))
+    learner = Learner(DeepseekV3Config(**config(shape, token_ids(args.tiny))))
     learner.causal.set_experts_implementation("grouped_mm")
     print(f"{sum(p.numel() for p in learner.parameters()):,} parameters", flush=True)
     began = time.monotonic()
@@ -199,7 +194,7 @@ def main() -> None:
     curve = train(learner, tokenizer, args.steps, args.rate, args.seed, keep)
     keep()
     figures = {"steps": args.steps, "seed": args.seed, "train_s": round(time.monotonic() - began), "final": curve[-1]}
-    (args.out / "figures.json").write_text(json.dumps(figures | {"curve": curve}, indent=2) + "\n")
+    write_json(args.out / "figures.json", figures | {"curve": curve})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ pytestmark = pytest.mark.timeout(600)
 SMALL = ("--kv-cache-gib", "0.25", "--max-model-len", "4096")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the stack that several files share come last, so that no other stack runs beside it."""
+    items.sort(key=lambda item: "otlp" in getattr(item, "fixturenames", ()))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure beside a stack that several tests share shows the ends of its logs."""

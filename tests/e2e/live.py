@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp_wire
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_stubs
 
+from omni_cli.machine import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_DIR = ROOT / "models" / "tiny-moe"
 OMNI = Path(sys.executable).parent / "omni"
@@ -29,10 +30,8 @@ POLL_S = 0.1
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that no outgoing connection takes before it is bound, which may be half a minute later."""
+    return next(free_ports())
 
 
 def eventually(what: str, check: Callable[[], Any], timeout_s: float) -> Any:
@@ -152,13 +151,10 @@ class LiveStack:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-1000:]}" for log in [self._home / "up.log", *logs])
 
     def close(self) -> None:
-        if self._up.poll() is None:
-            self._up.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._up.wait(60)
-        if self._up.poll() is None:
-            os.killpg(self._up.pid, signal.SIGKILL)
-        self.omni("down", "--timeout-s", "5", check=False)
+        """At once: engines take seconds to take leave, and nothing here waits for what they would still say."""
+        self._up.kill()
+        self._up.wait()
+        self.omni("down", "--timeout-s", "0", check=False)
         self._log.close()
 
 

@@ -47,8 +47,8 @@ def test_accounts_are_exact_and_end_empty(work, order):
         share = accounts.prefill(proxy_id, tokens) if is_prefill else accounts.sequence(proxy_id, tokens)
         live.append((proxy_id, is_prefill, 0 if is_computed else tokens, share))
         if is_computed:
-            share.computed()
-            share.computed()
+            share.computed(tokens)
+            share.computed(tokens)
     order.shuffle(live)
     while live:
         for asking in PROXIES:
@@ -58,10 +58,54 @@ def test_accounts_are_exact_and_end_empty(work, order):
             assert accounts.others(asking) == expected
         share = live.pop()[-1]
         share.close()
-        share.computed()
+        share.computed(1)
         share.close()
     assert accounts.all == Account()
     assert len(accounts) == 0
+    done = [tokens for _, _, tokens, is_computed in work if is_computed]
+    assert (accounts.computed.prompts, accounts.computed.tokens) == (len(done), sum(done))
+
+
+def test_prompts_are_timed_while_some_are_on_their_way():
+    now_s = 10.0
+    accounts = Accounts(lambda: now_s)
+
+    def seen():
+        computed = accounts.computed
+        return computed.prompts, computed.tokens, computed.busy_s
+
+    with accounts.prefill("a", 100) as first, accounts.sequence("b", 1, pulls=True) as pulling:
+        now_s += 2.0
+        second = accounts.sequence("b", 50)
+        pulling.computed(0)
+        now_s += 1.0
+        first.computed(90)
+        assert seen() == (1, 90, 3.0)
+        now_s += 4.0
+        second.close()
+    assert seen() == (1, 90, 7.0), "its time was the worker's, and what it computed is not known"
+    now_s += 100.0
+    with accounts.prefill("a", 10) as third:
+        now_s += 0.5
+        third.computed(10)
+    assert seen() == (2, 100, 7.5), "an idle worker takes no time"
+
+
+async def test_what_prompts_took_is_told_to_everybody(hosted):
+    async with hosted(sim={"faults": {"slow_factor": 5}}) as worker, session(worker, "a") as client:
+        answers = [
+            await prefill(worker, "a", "p", list(range(200))),
+            await prefill(worker, "b", "q", list(range(300, 500))),
+        ]
+        load = worker.host.worker.load("new")
+        assert (load.prompts, load.prompt_tokens) == (2, 400)
+        assert load.prompt_busy_ms >= sum(answer.timings.compute_ms for answer in answers)
+        await client.submit(1, max_tokens=4)
+        await client.until_finished(1)
+        load = worker.host.worker.load("new")
+        assert (load.prompts, load.prompt_tokens) == (3, 400 + len(PROMPT))
+        cached = await prefill(worker, "a", "r", list(range(200)))
+        assert worker.host.worker.load("new").prompt_tokens == load.prompt_tokens + 200 - cached.cached_tokens
 
 
 async def test_a_prompt_counts_as_believed_until_it_is_answered(hosted, until):

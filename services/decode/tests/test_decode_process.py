@@ -9,7 +9,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from omni.decode.v1.decode_service_pb2 import Hello, SessionRequest, Submit
+from omni.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from omni.engine.v1 import engine_pb2
+from omni.engine.v1.engine_pb2 import Sampling
 from omni.engine.v1.worker_service_pb2 import DescribeRequest
 from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
 from omni_common.errors import InvalidRequest
@@ -53,6 +56,19 @@ async def test_serves_its_role_and_drains_on_sigterm():
         await line(started, "drained")
         async with asyncio.timeout(15):
             assert await started.wait() == 0
+
+
+async def test_a_wrong_submit_is_rejected_with_its_field():
+    async with process() as started:
+        address = (await line(started, "serving"))["address"]
+        async with channel(address) as connected, asyncio.timeout(10):
+            call = DecodeServiceStub(connected).Session()
+            await call.write(SessionRequest(hello=Hello()))
+            await call.write(SessionRequest(submit=Submit(stream_id=7, model="sim", sampling=Sampling(max_tokens=1))))
+            await call.read()
+            rejected = (await call.read()).rejected
+            call.cancel()
+        assert (rejected.stream_id, rejected.code, rejected.field) == (7, "INVALID_ARGUMENT", "token_ids")
 
 
 async def test_a_dead_engine_ends_the_process_with_1():

@@ -90,7 +90,7 @@ class FakeWorker:
     burst: int = 1
     offset: int | None = None
     prefill_error: OmniError | None = None
-    reject: tuple[str, str] | None = None
+    reject: tuple[str, str, str] | None = None
     model: str = MODEL
     cached_tokens: int = 3
     prefills: list[prefill_pb.PrefillRequest] = field(default_factory=list)
@@ -241,8 +241,8 @@ class FakeWorker:
     def _submit(self, submit: decode_pb.Submit, refused: list[Any]) -> None:
         self.submits.append(submit)
         if self.reject is not None:
-            code, detail = self.reject
-            refused.append(decode_pb.Rejected(stream_id=submit.stream_id, code=code, detail=detail))
+            code, detail, field = self.reject
+            refused.append(decode_pb.Rejected(stream_id=submit.stream_id, code=code, detail=detail, field=field))
             return
         tokens = list(submit.token_ids)
         prompt = tokens[: len(tokens) - submit.num_output_tokens]

@@ -247,7 +247,7 @@ async def test_the_decision_comes_in_a_header_when_asked_for(start: Any, stream:
 
 
 async def test_a_refusal_has_the_decision_too(start: Any) -> None:
-    stack = await start("d", reject=("RESOURCE_EXHAUSTED", "full"))
+    stack = await start("d", reject=("RESOURCE_EXHAUSTED", "full", ""))
     refused = await ask(stack, "r", headers={"x-omni-explain": "1"})
     assert refused.status_code >= 400
     assert json.loads(refused.headers["x-omni-decision"])["decode"] == "d"

@@ -13,7 +13,7 @@ from omni_proxy.metrics import PrefixMetrics
 from omni_proxy.replica import Replica
 from omni_proxy.room import FleetRoom, least_work
 from omni_proxy.scheduling.forecast import LoadCost
-from omni_proxy.scheduling.times import Priors, Seen
+from omni_proxy.scheduling.times import Priors, Seen, prompt_features
 from omni_proxy.scheduling.view import FleetView
 
 
@@ -151,6 +151,25 @@ async def test_the_steps_of_who_does_not_decode_teach_nothing(made: Fixture) -> 
     assert made.seen == []
     made.put("d", Role.DECODE)
     assert made.view().times.step_ms[1] == pytest.approx(Priors().step[0] + Priors().step[1], rel=0.4)
+
+
+async def test_a_new_proxy_knows_from_a_workers_life_what_its_prompts_take(made: Fixture) -> None:
+    slow, quick, strange = (made.put(name, Role.PREFILL) for name in ("slow", "quick", "strange"))
+    slow.load = Load(prompts=400, prompt_tokens=400_000, prompt_busy_ms=400_000.0)
+    quick.load = Load(prompts=10, prompt_tokens=20_000, prompt_busy_ms=250.0)
+    strange.load = Load(running=1)
+    view = made.view(prompt_tokens=1000)
+    expected = np.dot(Priors().prompt, (1.0, 1000.0, 500.0))
+    assert view.times.prefill_ms == pytest.approx([1000.0, 12.5, expected], rel=0.1)
+
+
+async def test_a_life_before_says_nothing_that_was_not_seen_better(made: Fixture) -> None:
+    member = made.put("w", Role.PREFILL)
+    slot = made.fleet.columns.slot("w")
+    for _ in range(20):
+        made.fleet.times.saw_prompt(slot, prompt_features(1000, 0), 50.0)
+    member.load = Load(prompts=5, prompt_tokens=5000, prompt_busy_ms=9e9)
+    assert made.view(prompt_tokens=1000).times.prefill_ms[0] == pytest.approx(50.0, rel=0.02)
 
 
 async def test_an_earlier_epoch_is_not_heard_any_more(made: Fixture) -> None:

@@ -201,7 +201,7 @@ async def test_what_the_prefill_worker_refuses_is_the_clients_to_mend(start):
 
 async def test_a_rejected_submit_goes_to_another_decode_worker(start):
     stack = await start("p d1 d2")
-    stack["d1"].reject = ("UNAVAILABLE", "draining")
+    stack["d1"].reject = ("UNAVAILABLE", "draining", "")
     texts = {await answer(stack) for _ in range(3)}
     assert len(texts) == 1
     assert len(stack["d2"].submits) == 3
@@ -209,15 +209,16 @@ async def test_a_rejected_submit_goes_to_another_decode_worker(start):
 
 
 async def test_a_submit_that_everyone_rejects_keeps_its_reason(start):
-    stack = await start("d", reject=("RESOURCE_EXHAUSTED", "full"))
+    stack = await start("d", reject=("RESOURCE_EXHAUSTED", "full", ""))
     response = await stack.chat()
     assert (response.status_code, response.json()["error"]["message"]) == (429, "full")
 
 
 async def test_what_a_decode_worker_finds_wrong_is_the_callers_to_mend(start):
-    stack = await start("d1 d2", reject=("INVALID_ARGUMENT", "min_p cannot be used"))
+    stack = await start("d1 d2", reject=("INVALID_ARGUMENT", "min_p cannot be used", "min_p"))
     response = await stack.chat()
-    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_argument")
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_argument", "min_p")
     assert sum(len(worker.submits) for worker in stack.workers.values()) == 1, "another worker would say the same"
 
 

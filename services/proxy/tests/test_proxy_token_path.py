@@ -61,15 +61,6 @@ async def test_messages_keep_their_order_whichever_way_they_go():
     assert send.is_clear and wire.sent == ["a", "b", "c"]
 
 
-async def test_only_the_start_of_an_answer_passes_through_what_wraps_the_server():
-    wrapped, server = Wire(), Wire()
-    send = EagerSend(wrapped.send, server.send)
-    await send("start")
-    send.at_once("a")
-    await send("b")
-    assert (wrapped.sent, server.sent) == (["start"], ["a", "b"])
-
-
 async def test_a_message_that_waits_is_given_up_on_close():
     wire = Wire()
     send = EagerSend(wire.send)

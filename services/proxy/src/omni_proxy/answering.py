@@ -1,14 +1,12 @@
 """From a generation's pieces to an HTTP answer, as raw ASGI messages."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from omni_common.errors import Cancelled, DeadlineExceeded, Internal, OmniError
@@ -22,8 +20,6 @@ from omni_proxy.ports import FinishReason, LogprobRow
 
 log = logging.getLogger(__name__)
 
-SERVER_SEND = "omni.send"
-"""Key of the server's own `send` in a scope: tokens need not pass through all that wraps it."""
 _LAST_WORD_S = 5.0
 _SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -60,7 +56,7 @@ class Writer(Protocol):
     async def end(self) -> None: ...
 
 
-class GenerationResponse(Response):
+class GenerationResponse:
     """Runs a generation while it writes, and stops it when the client goes or time is over."""
 
     def __init__(
@@ -70,20 +66,19 @@ class GenerationResponse(Response):
         model: str,
         release: Callable[[], None],
     ) -> None:
-        super().__init__()
         self._generation = generation
         self._make_writer = make_writer
         self._model = model
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._work(EagerSend(send, scope.get(SERVER_SEND))))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        gone.add_done_callback(lambda _: work.cancel())
+        work = asyncio.current_task()
+        assert work is not None
+        gone = asyncio.ensure_future(_cancelled_when_gone(work, receive))
         try:
-            await work
+            await self._work(EagerSend(send))
         except asyncio.CancelledError:
-            if not gone.done():
+            if not gone.done() or work.uncancel():
                 raise
         finally:
             gone.cancel()
@@ -317,7 +312,7 @@ def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
 
 
-async def _disconnected(receive: Receive) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
-        while (await receive())["type"] != "http.disconnect":
-            pass
+async def _cancelled_when_gone(work: asyncio.Task[Any], receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    work.cancel()

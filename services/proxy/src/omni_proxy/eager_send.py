@@ -11,14 +11,10 @@ Message = MutableMapping[str, Any]
 
 
 class EagerSend:
-    """Wraps `send`; messages keep the order of the calls, whichever way they go.
+    """Wraps `send`; messages keep the order of the calls, whichever way they go."""
 
-    `direct` takes what follows the start of an answer: the server's own `send`, where `send` passes through others.
-    """
-
-    def __init__(self, send: Send, direct: Send | None = None) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._direct = direct or send
         self._rest: asyncio.Future[None] | None = None
 
     @property
@@ -31,7 +27,7 @@ class EagerSend:
 
         One that has to wait goes on in a task; until it is through nothing is clear.
         """
-        sending = self._direct(message).__await__()
+        sending = self._send(message).__await__()
         try:
             waits_for = next(sending)
         except StopIteration:
@@ -42,8 +38,7 @@ class EagerSend:
     async def __call__(self, message: Message) -> None:
         if self._rest is not None:
             await self._rest
-        send, self._send = self._send, self._direct
-        await send(message)
+        await self._send(message)
 
     def close(self) -> None:
         """Give up a message that still waits."""

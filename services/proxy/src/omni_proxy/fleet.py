@@ -57,8 +57,8 @@ class Worker:
 class Load:
     """A worker's own account of its load; `others_*` is the work of other proxies.
 
-    `steps` generated tokens and took `busy_ms` in all while `computed_prompt_tokens` were computed; all three are since
-    the worker's epoch began.
+    Since the worker's epoch began `steps` generated tokens and took `busy_ms` in all while `computed_prompt_tokens`
+    were computed, and `prompts` with `prompt_tokens` uncached ones took `prompt_busy_ms`, whoever sent them.
     """
 
     running: int = 0
@@ -75,6 +75,9 @@ class Load:
     steps: int = 0
     busy_ms: float = 0.0
     computed_prompt_tokens: int = 0
+    prompts: int = 0
+    prompt_tokens: int = 0
+    prompt_busy_ms: float = 0.0
 
 
 @dataclass(slots=True)
@@ -369,6 +372,8 @@ class Fleet:
         columns.others_uncached_tokens[slot] = load.others_uncached_tokens
         columns.others_sequences[slot] = load.others_sequences
         columns.stats_at_s[slot] = self.now()
+        if load.prompts and not before.prompts:
+            self.times.heard_of_prompts(slot, load.prompts, load.prompt_tokens, load.prompt_busy_ms)
         steps = load.steps - before.steps
         # A prefill worker's steps are prompts, and no example for who decodes.
         if member.decodes and steps > 0 and before.steps:

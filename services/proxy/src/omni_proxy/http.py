@@ -10,12 +10,12 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from opentelemetry.trace import Tracer
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_common.errors import InvalidRequest, NotFound, OmniError
 from omni_proxy import __version__
 from omni_proxy.admission import Admission
-from omni_proxy.answering import SERVER_SEND, Form, GenerationResponse, StreamWriter, WholeWriter, Writer
+from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer
 from omni_proxy.bodies import HttpLimits, read_body
 from omni_proxy.config_watch import ConfigPage
 from omni_proxy.eager_send import EagerSend
@@ -58,7 +58,7 @@ class Api:
     tracer: Tracer
     tenants: Tenants
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> ASGIApp:
         chat = parse_chat(await self._fields(request), self.served)
         rows = None
         if chat.options.sampling.logprobs is not None:
@@ -73,7 +73,7 @@ class Api:
 
         return await self._generate(request, "chatcmpl", chat.options, 1, prompts, form, "messages")
 
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, request: Request) -> ASGIApp:
         asked = parse_completion(await self._fields(request), self.served)
         rows = None
         if asked.options.sampling.logprobs is not None:
@@ -125,7 +125,7 @@ class Api:
         make_prompts: Callable[[], Awaitable[list[Sequence[int]]]],
         form: Form,
         field: str,
-    ) -> Response:
+    ) -> ASGIApp:
         leave, visit = self.admission.enter(num_prompts * options.n), None
         try:
             visit = self.tenants.enter(request.state.caller)
@@ -192,28 +192,56 @@ def request_id_of(request: Request) -> str:
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[ASGIApp]]
 
 
 class Front(FastAPI):
-    """Leaves the server's `send` in the scope."""
+    """Hands `posts` over itself: what FastAPI wraps around an answer costs each request and each token.
+
+    FastAPI has the pages, the answers to wrong paths and methods, and the description of everything.
+    """
+
+    def __init__(self, posts: Mapping[str, Handler], refusal: Callable[[Request, OmniError], Response]) -> None:
+        super().__init__(title="Omni", version=__version__, redirect_slashes=False)
+        self._posts = posts
+        self._refusal = refusal
+        for path, handler in posts.items():
+            self.add_api_route(path, handler, methods=["POST"], response_model=None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[SERVER_SEND] = send
-        await super().__call__(scope, receive, send)
+        post = self._posts.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if post is None:
+            await super().__call__(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            answer = await post(request)
+        except OmniError as error:
+            answer = self._refusal(request, error)
+        await answer(scope, receive, send)
 
 
 def create_app(api: Api, pages: StatusPages, kv: KvPages, config: ConfigPage) -> FastAPI:
     """Routes and error answers; everything they need is passed in. What is not open asks who is there first."""
-    app = Front(title="Omni", version=__version__, redirect_slashes=False)
-    for path, handler in (
-        ("/v1/chat/completions", api.chat),
-        ("/v1/completions", api.completions),
-        ("/tokenize", api.tokenize),
-        ("/detokenize", api.detokenize),
-        ("/kv/prefix", kv.prefix),
-    ):
-        app.add_api_route(path, _guarded(api.tenants, handler), methods=["POST"], response_model=None)
+
+    def refusal(request: Request, error: OmniError) -> Response:
+        status = status_of(error)
+        api.scheduler.metrics.requests.labels(str(status)).inc()
+        headers = {
+            **error_headers(error),
+            **_rate_headers(api.tenants, request),
+            "x-request-id": request_id_of(request),
+        }
+        return Response(orjson.dumps(error_body(error)), status, headers)
+
+    posts = {
+        "/v1/chat/completions": api.chat,
+        "/v1/completions": api.completions,
+        "/tokenize": api.tokenize,
+        "/detokenize": api.detokenize,
+        "/kv/prefix": kv.prefix,
+    }
+    app = Front({path: _guarded(api.tenants, handler) for path, handler in posts.items()}, refusal)
     for path, handler in (
         ("/v1/models", api.models),
         ("/v1/models/{model_id:path}", api.model),
@@ -231,21 +259,14 @@ def create_app(api: Api, pages: StatusPages, kv: KvPages, config: ConfigPage) ->
 
     async def on_omni_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, OmniError)
-        status = status_of(error)
-        api.scheduler.metrics.requests.labels(str(status)).inc()
-        headers = {
-            **error_headers(error),
-            **_rate_headers(api.tenants, request),
-            "x-request-id": request_id_of(request),
-        }
-        return Response(orjson.dumps(error_body(error)), status, headers)
+        return refusal(request, error)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 405:
             wrong = InvalidRequest(f"{request.method} is not allowed here", reason="method_not_allowed")
-            return await on_omni_error(request, wrong)
-        return await on_omni_error(request, NotFound("no such path", reason="path_not_found"))
+            return refusal(request, wrong)
+        return refusal(request, NotFound("no such path", reason="path_not_found"))
 
     app.add_exception_handler(OmniError, on_omni_error)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -255,7 +276,7 @@ def create_app(api: Api, pages: StatusPages, kv: KvPages, config: ConfigPage) ->
 def _guarded(tenants: Tenants, handler: Handler) -> Handler:
     """`request.state.caller` is who asks; strangers are refused before anything is read of the body."""
 
-    async def guarded(request: Request) -> Response:
+    async def guarded(request: Request) -> ASGIApp:
         request.state.caller = tenants.caller_of(request.headers)
         return await handler(request)
 

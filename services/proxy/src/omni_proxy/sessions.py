@@ -174,7 +174,8 @@ class DecodeSession:
         elif kind == "rejected":
             refused = message.rejected
             reason = "" if refused.code == Code.INVALID_ARGUMENT else "rejected"  # the caller's fault, not the worker's
-            error = error_of(refused.code, refused.detail or "the decode worker refused", reason=reason)
+            detail = refused.detail or "the decode worker refused"
+            error = error_of(refused.code, detail, field=refused.field or None, reason=reason)
             self._finish(refused.stream_id, End(error=error, rejected=True))
 
     def _on_frame(self, frame: pb.StepFrame) -> None:

@@ -187,6 +187,9 @@ def load_from_wire(message: worker_service_pb2.WatchStatsResponse) -> Load:
         steps=message.steps,
         busy_ms=message.busy_ms,
         computed_prompt_tokens=message.computed_prompt_tokens,
+        prompts=message.prompts,
+        prompt_tokens=message.prompt_tokens,
+        prompt_busy_ms=message.prompt_busy_ms,
     )
 
 

@@ -1,5 +1,7 @@
-"""Whose work the worker has: what each proxy gave it that has not ended."""
+"""Whose work the worker has: what each proxy gave it that has not ended. And what prompts took that have."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -17,26 +19,51 @@ class Account:
         return not (self.prefills or self.sequences)
 
 
+@dataclass(slots=True)
+class Computed:
+    """Prompts that were computed, their uncached tokens, and the wall time in which some prompt was on its way."""
+
+    prompts: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+
+
 class Share:
     """One piece of work on its proxy's account. Leaving the block closes it; closing twice changes nothing."""
 
-    __slots__ = ("_accounts", "_prefills", "_proxy_id", "_sequences", "_uncached_tokens")
+    __slots__ = ("_accounts", "_computes", "_prefills", "_proxy_id", "_sequences", "_uncached_tokens")
 
     def __init__(
-        self, accounts: "Accounts", proxy_id: str, prefills: int, sequences: int, uncached_tokens: int
+        self,
+        accounts: "Accounts",
+        proxy_id: str,
+        prefills: int,
+        sequences: int,
+        uncached_tokens: int,
+        computes: bool,
     ) -> None:
+        """`computes`: a prompt, rather than pulling its blocks."""
         self._accounts = accounts
+        self._computes = computes
         self._proxy_id = proxy_id
         self._prefills, self._sequences, self._uncached_tokens = prefills, sequences, uncached_tokens
         accounts.add(proxy_id, prefills, sequences, uncached_tokens)
+        if computes:
+            accounts.prompt_begins()
 
-    def computed(self) -> None:
-        """The prompt is computed; the work goes on."""
+    def computed(self, tokens: int) -> None:
+        """The prompt is there, after so many of its tokens were computed; the work goes on."""
         self._take_back(0, 0, self._uncached_tokens)
+        if self._computes:
+            self._computes = False
+            self._accounts.prompt_ends(tokens)
 
     def close(self) -> None:
         """The work has ended, however it did."""
         self._take_back(self._prefills, self._sequences, self._uncached_tokens)
+        if self._computes:
+            self._computes = False
+            self._accounts.prompt_ends(None)
 
     def __enter__(self) -> "Share":
         return self
@@ -54,7 +81,12 @@ class Share:
 class Accounts:
     """An account for each proxy that has work here. Work without a proxy's name is everybody else's."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """`now`: seconds."""
+        self._now = now
+        self._computing = 0
+        self._busy_since_s = 0.0
+        self.computed = Computed()
         self._all = Account()
         self._by_proxy: dict[str, Account] = {}
 
@@ -67,10 +99,11 @@ class Accounts:
         return Account(self._all.prefills, self._all.sequences, self._all.uncached_tokens)
 
     def prefill(self, proxy_id: str, uncached_tokens: int) -> Share:
-        return Share(self, proxy_id, 1, 0, uncached_tokens)
+        return Share(self, proxy_id, 1, 0, uncached_tokens, computes=True)
 
-    def sequence(self, proxy_id: str, uncached_tokens: int) -> Share:
-        return Share(self, proxy_id, 0, 1, uncached_tokens)
+    def sequence(self, proxy_id: str, uncached_tokens: int, *, pulls: bool = False) -> Share:
+        """`pulls`: the prompt's blocks are computed elsewhere."""
+        return Share(self, proxy_id, 0, 1, uncached_tokens, computes=not pulls)
 
     def others(self, proxy_id: str) -> Account:
         """The work of all but the proxy named; nothing for one that has no name."""
@@ -92,3 +125,18 @@ class Accounts:
             changed.uncached_tokens += uncached_tokens
         if account.is_empty:
             del self._by_proxy[proxy_id]
+
+    def prompt_begins(self) -> None:
+        if not self._computing:
+            self._busy_since_s = self._now()
+        self._computing += 1
+
+    def prompt_ends(self, tokens: int | None) -> None:
+        """`tokens`: computed of it; None where it was given up."""
+        self._computing -= 1
+        now_s = self._now()
+        self.computed.busy_s += now_s - self._busy_since_s
+        self._busy_since_s = now_s
+        if tokens is not None:
+            self.computed.prompts += 1
+            self.computed.tokens += tokens

@@ -53,8 +53,9 @@ class PrefillServicer(PrefillServiceServicer):
         self._admission.check(request.model, "prefill")
         job = _job(request)
         started_s = time.monotonic()
-        with self._admission.slot(), self._accounts.prefill(request.proxy_id, job.believed_tokens):
+        with self._admission.slot(), self._accounts.prefill(request.proxy_id, job.believed_tokens) as share:
             result = await self._run(job)
+            share.computed(len(job.token_ids) - result.cached_tokens)
         elapsed_s = time.monotonic() - started_s
         self._admission.observe(elapsed_s)
         self._metrics.prefill_done(elapsed_s, len(job.token_ids), result.cached_tokens)

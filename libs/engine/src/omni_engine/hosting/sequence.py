@@ -48,7 +48,7 @@ class SessionSequence:
 
     def started(self, start: SequenceStart) -> None:
         """With its first token."""
-        self._share.computed()
+        self._share.computed(self.prompt_tokens - start.cached_tokens)
         self._start = start
         self._first_token_ms = (time.monotonic() - self._submitted_s) * 1e3
 

@@ -159,7 +159,7 @@ class Session:
         )
 
     def _register(self, submit: Submit, job: DecodeJob) -> SessionSequence:
-        share = self._host.accounts.sequence(self._proxy_id, job.believed_tokens)
+        share = self._host.accounts.sequence(self._proxy_id, job.believed_tokens, pulls=job.kv_handle is not None)
         sequence = SessionSequence(submit, job.request_id, self._host.identity.worker_id, share)
         self._by_stream[sequence.stream_id] = self._by_engine[sequence.engine_id] = sequence
         self._host.admission.enter()
@@ -234,7 +234,8 @@ class Session:
             self._reject(sequence.stream_id, error)
 
     def _reject(self, stream_id: int, error: OmniError) -> None:
-        self.outbox.reject(Rejected(stream_id=stream_id, code=error.code, detail=error.message))
+        field = error.field or ""
+        self.outbox.reject(Rejected(stream_id=stream_id, code=error.code, detail=error.message, field=field))
 
     def _forget(self, sequence: SessionSequence, reason: str, detail: str = "") -> None:
         del self._by_stream[sequence.stream_id], self._by_engine[sequence.engine_id]

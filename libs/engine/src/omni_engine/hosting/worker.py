@@ -110,6 +110,7 @@ class Worker:
     def load(self, proxy_id: str = "") -> WatchStatsResponse:
         """What the worker has to do; `others_*` is the work of all but this proxy."""
         stats, others = self.stats() or EngineStats(), self._accounts.others(proxy_id)
+        computed = self._accounts.computed
         return WatchStatsResponse(
             worker_id=self._identity.worker_id,
             epoch=self._identity.epoch,
@@ -129,6 +130,9 @@ class Worker:
             steps=stats.steps,
             busy_ms=stats.busy_ms,
             role=ROLES[self._admission.role],
+            prompts=computed.prompts,
+            prompt_tokens=computed.tokens,
+            prompt_busy_ms=computed.busy_s * 1e3,
         )
 
 

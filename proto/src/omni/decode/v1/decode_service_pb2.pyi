@@ -135,11 +135,13 @@ class SequenceFinish(_message.Message):
     def __init__(self, stream_id: _Optional[int] = ..., reason: _Optional[_Union[_engine_pb2.FinishReason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Rejected(_message.Message):
-    __slots__ = ("stream_id", "code", "detail")
+    __slots__ = ("stream_id", "code", "detail", "field")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     stream_id: int
     code: str
     detail: str
-    def __init__(self, stream_id: _Optional[int] = ..., code: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+    field: str
+    def __init__(self, stream_id: _Optional[int] = ..., code: _Optional[str] = ..., detail: _Optional[str] = ..., field: _Optional[str] = ...) -> None: ...

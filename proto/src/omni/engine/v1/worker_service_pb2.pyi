@@ -26,7 +26,7 @@ class WatchStatsRequest(_message.Message):
     def __init__(self, min_interval_ms: _Optional[int] = ..., proxy_id: _Optional[str] = ...) -> None: ...
 
 class WatchStatsResponse(_message.Message):
-    __slots__ = ("worker_id", "epoch", "running", "waiting", "queued_tokens", "kv_usage", "leases", "step_ms", "draining", "generated_tokens", "computed_prompt_tokens", "others_prefills", "others_uncached_tokens", "others_sequences", "context_tokens", "steps", "busy_ms", "role")
+    __slots__ = ("worker_id", "epoch", "running", "waiting", "queued_tokens", "kv_usage", "leases", "step_ms", "draining", "generated_tokens", "computed_prompt_tokens", "others_prefills", "others_uncached_tokens", "others_sequences", "context_tokens", "steps", "busy_ms", "role", "prompts", "prompt_tokens", "prompt_busy_ms")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,9 @@ class WatchStatsResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BUSY_MS_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_BUSY_MS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     running: int
@@ -63,7 +66,10 @@ class WatchStatsResponse(_message.Message):
     steps: int
     busy_ms: float
     role: _engine_pb2.Role
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., leases: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., generated_tokens: _Optional[int] = ..., computed_prompt_tokens: _Optional[int] = ..., others_prefills: _Optional[int] = ..., others_uncached_tokens: _Optional[int] = ..., others_sequences: _Optional[int] = ..., context_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., busy_ms: _Optional[float] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ...) -> None: ...
+    prompts: int
+    prompt_tokens: int
+    prompt_busy_ms: float
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., leases: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., generated_tokens: _Optional[int] = ..., computed_prompt_tokens: _Optional[int] = ..., others_prefills: _Optional[int] = ..., others_uncached_tokens: _Optional[int] = ..., others_sequences: _Optional[int] = ..., context_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., busy_ms: _Optional[float] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ..., prompts: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_busy_ms: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("resume",)

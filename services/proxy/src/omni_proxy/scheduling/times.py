@@ -22,11 +22,11 @@ from omni_proxy.scheduling.view import Bools, Floats, Ints, Rows
 
 _STEP_BACKGROUND = 0.1
 """Smoothing of the prompt tokens that a worker computes beside a decode step."""
-_TELLS = frozenset({8, 32, 128, 512})
+_TELLS = frozenset({2, 8, 32, 128, 512})
 """Observations of a worker after which others of its kind hear of it."""
 
 
-def prompt_features(uncached_tokens: int, cached_tokens: int) -> Floats:
+def prompt_features(uncached_tokens: float, cached_tokens: int) -> Floats:
     new = float(uncached_tokens)
     return np.array([1.0, new, new * (cached_tokens + new / 2) / 1e3])
 
@@ -137,6 +137,14 @@ class WorkerTimes:
         if self._prompt.counts(np.array([row]))[0] in _TELLS:
             self._tell(known.kind, self._prompt, self._prompt_rows, self._prompts_seen)
         return seen
+
+    def heard_of_prompts(self, slot: int, prompts: int, tokens: int, busy_ms: float) -> None:
+        """What a worker that nothing was seen of says of its life: its mean prompt counts as seen.
+
+        So who comes anew to a running fleet need not send it prompts to learn what they take.
+        """
+        if slot not in self._prompts_seen:
+            self.saw_prompt(slot, prompt_features(tokens / prompts, 0), busy_ms / prompts)
 
     def saw_transfer(self, prefill: int, decode: int, tokens: int, seen_ms: float) -> Seen | None:
         known = self._known.get(prefill)
