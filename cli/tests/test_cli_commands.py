@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from omni_cli import doctor, logfiles
-from omni_cli.errors import NoSuchStack
+from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.facts import Facts, read_constraints
 from omni_cli.main import app
 from omni_cli.state import StackState, StateFiles
@@ -42,11 +42,17 @@ def run(*arguments: str):  # type: ignore[no-untyped-def]
     return CliRunner().invoke(app, arguments)
 
 
-@pytest.mark.parametrize("command", ["up", "down", "status", "chat", "doctor", "logs"])
+@pytest.mark.parametrize("command", ["up", "down", "status", "chat", "doctor", "logs", "config check", "kv verify"])
 def test_help_has_an_example(command):
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
-    assert f"omni {command}" in result.output
+    assert f"omni {command}" in result.output.partition("Examples:")[2]
+
+
+def test_help_is_wrapped_at_the_terminals_width_and_nowhere_else(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run("up", "--help").output
+    assert "until Ctrl-C. A service that dies meanwhile is started again." in shown
 
 
 def test_help_lists_the_commands():
@@ -74,6 +80,26 @@ def test_down_without_a_choice_names_the_stacks(tmp_path):
     assert "p1, p2" in str(run("down", "--home", str(tmp_path)).exception)
     assert run("down", "--all", "--home", str(tmp_path)).exit_code == 0
     assert list(StateFiles(tmp_path).all()) == []
+
+
+def test_a_port_without_a_stack_is_said(tmp_path):
+    assert "no stack is recorded" in str(run("down", "--home", str(tmp_path)).exception)
+    StateFiles(tmp_path).save(StackState("p1", "http://127.0.0.1:1", 2))
+    assert "no stack on port 9 (known: p1)" in str(run("down", "--port", "9", "--home", str(tmp_path)).exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        pytest.param(("up", "--host", "192.0.2.1"), "--host 192.0.2.1 --port 8000", id="another machine's address"),
+        pytest.param(("up", "--kernels", "fast"), "--kernels 'fast'", id="kernels"),
+        pytest.param(("kv", "workers", "--kvstore", "cache"), "--kvstore 'cache': write host:port", id="no port"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, arguments, says):
+    refused = run(*arguments, "--home", str(tmp_path)).exception
+    assert isinstance(refused, InvalidOptions) and says in str(refused), refused
+    assert StateFiles(tmp_path).logged() == []
 
 
 def test_well_machine_passes_every_check():
@@ -153,8 +179,14 @@ def test_follower_gives_new_whole_lines(tmp_path):
 
 
 def test_logs_of_a_stopped_stack(tmp_path):
-    logs = StateFiles(tmp_path).logs("p1")
-    logs.mkdir(parents=True)
-    (logs / "proxy.log").write_text("bye\n")
-    result = run("logs", "--name", "p1", "--home", str(tmp_path))
-    assert result.output.split() == ["proxy", "bye"]
+    assert "no stack has left logs" in str(run("logs", "--home", str(tmp_path)).exception)
+    for name in ("p1", "p2"):
+        logs = StateFiles(tmp_path).logs(name)
+        logs.mkdir(parents=True)
+        (logs / "proxy.log").write_text("bye\n")
+        assert run("logs", "--name", name, "--home", str(tmp_path)).output.split() == ["proxy", "bye"]
+        if name == "p1":
+            assert run("logs", "--home", str(tmp_path)).output.split() == ["proxy", "bye"]
+    for arguments in ((), ("--name", "p3")):
+        refused = run("logs", *arguments, "--home", str(tmp_path)).exception
+        assert isinstance(refused, NoSuchStack) and "p1, p2" in str(refused)

@@ -90,7 +90,7 @@ def test_help_imports_no_extension() -> None:
     [
         pytest.param(("plan", "gone.npy", "--ranks", "4"), 2, "gone.npy", id="refused"),
         pytest.param(("show", "--placement", "127.0.0.1:1"), 1, "does not answer", id="away"),
-        pytest.param(("show", "--home", "nowhere"), 4, "say which stack", id="no stack"),
+        pytest.param(("show", "--home", "nowhere"), 4, "no stack is recorded", id="no stack"),
     ],
 )
 def test_errors_of_extensions_are_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int, says: str) -> None:

@@ -173,7 +173,7 @@ def test_prefix_shows_the_proxys_view_beside_the_stores(kvstore: str, proxy: Any
         (name, "hbm", 10) for name in ("right", "wrong", "away")
     }
     shown = _run("prefix", "hello", "--chat", *arguments).output
-    assert "40 tokens, 10 blocks of 4" in shown and "expected" in shown
+    assert "40 tokens, 10 whole blocks of 4" in shown and "expected" in shown
     assert proxy.asked == [{"prompt": "hello"}, {"messages": [{"role": "user", "content": "hello"}]}]
 
 

@@ -104,7 +104,7 @@ def test_only_the_proxy_and_local_tools_are_published() -> None:
 @pytest.mark.parametrize(
     ("service", "files"),
     [
-        *(((s), ("docker-compose.yml",)) for s in (*OURS, *PROFILES["sim"])),
+        *(((s), ("docker-compose.yml",)) for s in (*OURS, *sorted(PROFILES["sim"]))),
         *((s, ("docker-compose.yml", f)) for s, f in itertools.product(("prefill", "decode"), OVERRIDES[1:])),
     ],
     ids=lambda value: value if isinstance(value, str) else value[-1],

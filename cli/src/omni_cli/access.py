@@ -1,6 +1,8 @@
-"""The key for proxies that ask for one."""
+"""How a proxy is reached: its URL, the key it may ask for, and what to say where it cannot be."""
 
 import os
+
+import httpx
 
 VARIABLE = "OMNI_CLI_API_KEY"
 
@@ -9,3 +11,15 @@ def key_headers() -> dict[str, str]:
     """Headers of every request to a proxy; none while the variable is not set."""
     key = os.environ.get(VARIABLE)
     return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def base_url(given: str) -> str:
+    """`host:port` is taken for http."""
+    return (given if "://" in given else f"http://{given}").rstrip("/")
+
+
+def why(error: Exception) -> str:
+    """Why a request to a proxy brought no answer."""
+    if isinstance(error, httpx.HTTPError):
+        return str(error) or type(error).__name__
+    return "the answer is not a proxy's"

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from omni_cli.access import key_headers
+from omni_cli.access import base_url, key_headers, why
 from omni_cli.errors import NoAnswer
 
 CONNECT_TIMEOUT_S = 5.0
@@ -37,7 +37,7 @@ class ChatClient:
     """One proxy. Raises NoAnswer for refusals, broken streams and an unreachable proxy."""
 
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
-        self._url = url.rstrip("/")
+        self._url = base_url(url)
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         self._client = httpx.Client(timeout=timeout, trust_env=False, headers=key_headers())
 
@@ -48,12 +48,11 @@ class ChatClient:
         """The first model the proxy serves."""
         try:
             response = self._client.get(f"{self._url}/v1/models")
-            response.raise_for_status()
+            if response.status_code != 200:
+                raise NoAnswer(f"{self._url}: {_refusal(response.status_code, response.content)}")
             return str(response.json()["data"][0]["id"])
         except (httpx.HTTPError, ValueError, LookupError) as error:
-            raise NoAnswer(
-                f"{self._url} does not list a model ({_reason(error)}). Is a stack running? omni status"
-            ) from None
+            raise NoAnswer(f"{self._url} lists no model ({why(error)}). Is a stack running? omni status") from None
 
     def stream(
         self,
@@ -88,7 +87,7 @@ class ChatClient:
                         answer.text += piece
                         yield piece
         except httpx.HTTPError as error:
-            raise NoAnswer(f"{self._url}: {_reason(error)}") from None
+            raise NoAnswer(f"{self._url}: {why(error)}") from None
         answer.total_ms = (time.perf_counter() - sent) * 1000
         if not is_done:
             raise NoAnswer("the stream broke off before its end")
@@ -120,7 +119,3 @@ def _refusal(status: int, body: bytes) -> str:
         return f"HTTP {status}: {json.loads(body)['error']['message']}"
     except (ValueError, LookupError, TypeError):
         return f"HTTP {status}: {body[:200].decode(errors='replace')}"
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__

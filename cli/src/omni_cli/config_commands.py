@@ -11,7 +11,7 @@ import typer
 
 from omni_cli.errors import CliError, InvalidOptions
 from omni_cli.kv import ProxyPages
-from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+from omni_cli.options import Home, Name, Port, Url, chosen, examples, files_of
 
 CHECKER = "omni_proxy.schedule_config"
 
@@ -24,15 +24,18 @@ class InvalidConfig(CliError):
     exit_code = 3
 
 
-@config_app.command(epilog=examples("omni config check scheduler.yaml", "omni config check scheduler.yaml --quiet"))
+@config_app.command(
+    epilog=examples(
+        "omni config check scheduler.yaml",
+        "omni config check scheduler.yaml --quiet",
+        exit_codes="0 the file is valid, 3 it is not: every mistake is named with its place",
+    )
+)
 def check(
     file: Annotated[Path, typer.Argument(help="A file for OMNI_PROXY_SCHEDULER_CONFIG.", show_default=False)],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code, and mistakes.")] = False,
 ) -> None:
-    """Check a file as the proxy would, and print the values that would hold, defaults too. Keys are not shown.
-
-    Exit code: 3 the file is not valid; every mistake is named with its place.
-    """
+    """Check a file as the proxy would, and print the values that would hold, defaults too. Keys are not shown."""
     # The command line imports no service; the proxy's own module says what is valid.
     done = subprocess.run([sys.executable, "-m", CHECKER, str(file)], capture_output=True, text=True, check=False)
     if "No module named" in done.stderr:
@@ -45,7 +48,7 @@ def check(
 
 @config_app.command(epilog=examples("omni config show", "omni config show --url http://proxy:8000"))
 def show(
-    url: Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")] = None,
+    url: Url = None,
     name: Name = None,
     port: Port = None,
     home: Home = None,

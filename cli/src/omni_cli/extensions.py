@@ -4,6 +4,8 @@ An app is imported when its command is run or its help is asked for; `omni --hel
 brings it. Its context's `obj` is a `Services`: how to find a service of a running stack.
 """
 
+import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -17,6 +19,7 @@ from omni_cli.options import chosen, files_of
 from omni_cli.probes import reachable
 
 GROUP = "omni_cli.commands"
+LINE_BREAK = re.compile(r"(?<!\n)\n(?!\n)")
 PACKAGES: Mapping[str, str] = {
     "attention": "omni-kernels[cli]",
     "kernels": "omni-kernels[cli]",
@@ -27,9 +30,10 @@ PACKAGES: Mapping[str, str] = {
 SUMMARIES: Mapping[str, str] = {
     "attention": "Sparse attention: search for patterns over layers, look at them, evaluate them.",
     "kernels": "The operators: how every backend conforms, which ones run, the contract with Ascend.",
+    "placement": "Expert layouts: plan, compare, look at them, and put them in force.",
     "quantize": "Write a copy of a model with int8 weights.",
 }
-"""Of commands whose package brings several."""
+"""Of commands of ours, where the summary of their package says less."""
 
 
 class Services:
@@ -81,6 +85,7 @@ class _Extension(TyperCommand):
             raise InvalidOptions(f"omni {self.name} cannot be loaded ({error}); {_how(self._entry.name)}") from error
         command = typer.main.get_command(app)
         command.name = self.name
+        unwrap(command)
         return command.make_context(info_name, args, parent, obj=Services(), **extra)
 
 
@@ -94,6 +99,10 @@ class _Missing(TyperCommand):
 class Commands(TyperGroup):
     """The command's own, and those of extensions; a name of its own is never replaced."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        unwrap(self)
+
     def list_commands(self, ctx: Any) -> list[str]:
         own = super().list_commands(ctx)
         return own + [name for name in sorted({entry.name for entry in _installed()}) if name not in own]
@@ -104,6 +113,14 @@ class Commands(TyperGroup):
         if entry := next(iter(_installed(cmd_name)), None):
             return _Extension(entry)
         return _Missing(cmd_name) if cmd_name in PACKAGES else None
+
+
+def unwrap(command: Any) -> None:
+    """Paragraphs of help without the line breaks of the source, at which typer would break them too."""
+    if command.help:
+        command.help = LINE_BREAK.sub(" ", inspect.cleandoc(command.help))
+    for inner in getattr(command, "commands", {}).values():
+        unwrap(inner)
 
 
 def _installed(name: str | None = None) -> Iterable[EntryPoint]:

@@ -15,7 +15,7 @@ from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
 from omni.kv.v1 import kv_pb2
 from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceStub
-from omni_cli.access import key_headers
+from omni_cli.access import base_url, key_headers, why
 from omni_cli.errors import NoAnswer
 from omni_cli.probes import reachable
 from omni_common.blocks import KEY_BYTES
@@ -123,10 +123,13 @@ class KvStoreClient:
 
 
 class ProxyPages:
-    """The proxy's pages on its replica of the index and its decisions. Raises NoAnswer when it cannot be asked."""
+    """The proxy's pages: workers, its replica of the index, decisions. Raises NoAnswer when it cannot be asked."""
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        self._url = base_url(url)
+
+    async def workers(self) -> dict[str, Any]:
+        return await self._ask("GET", "/workers")
 
     async def prefix(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._ask("POST", "/kv/prefix", json=body)
@@ -152,7 +155,7 @@ class ProxyPages:
                 response = await client.request(method, self._url + path, **options)
                 content: dict[str, Any] = response.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise NoAnswer(f"proxy at {self._url}: {type(error).__name__}") from None
+            raise NoAnswer(f"proxy at {self._url}: {why(error)}") from None
         if response.status_code != 200:
             message = content.get("error", {}).get("message", f"status {response.status_code}")
             raise NoAnswer(f"proxy at {self._url}: {message}")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.kv import KvStoreClient, Member, ProxyPages, Reached, Verdict
-from omni_cli.options import AsJson, Home, Name, Port, Url, chosen, examples, files_of
+from omni_cli.options import AsJson, Home, Name, Port, Url, checked_address, chosen, examples, files_of
 
 EXIT_DIFFERS = 3
 
@@ -26,7 +26,7 @@ KvStore = Annotated[str | None, typer.Option(help="host:port of a kvstore.", sho
 
 def _kvstore(address: str | None, home: Path | None, name: str | None, port: int | None) -> KvStoreClient:
     if address is not None:
-        return KvStoreClient(address)
+        return KvStoreClient(checked_address("--kvstore", address))
     stack = chosen(files_of(home), name, port)
     for process in stack.processes:
         if process.service == "kvstore":
@@ -85,8 +85,8 @@ def prefix(
 ) -> None:
     """How much of a prompt each worker has cached, as the proxy sees it and as the kvstore does.
 
-    Each tier counts the blocks to be had from it or a nearer one. The proxy's view may be ahead of the store's by what
-    it expects, and behind it by some milliseconds.
+    Only whole blocks are cached. Each tier counts those to be had from it or a nearer one. The proxy's view may be
+    ahead of the store's by what it expects, and behind it by some milliseconds.
     """
     if (prompt is None) == (file is None):
         raise InvalidOptions("give the prompt, or --file, and not both")
@@ -98,8 +98,10 @@ def prefix(
         found = None if stored is None else [asdict(row) for row in stored]
         print(json.dumps({"proxy": seen, "kvstore": found}, indent=2))
         return
-    print(f"{seen['tokens']} tokens, {seen['blocks']} blocks of {seen['block_size']}")
-    _show(("worker", *seen["tiers"]), [(worker, *map(str, depths)) for worker, depths in seen["members"].items()])
+    print(f"{seen['tokens']} tokens, {seen['blocks']} whole blocks of {seen['block_size']}")
+    _show(
+        ("worker", *seen["tiers"]), [(worker, *map(str, depths)) for worker, depths in sorted(seen["members"].items())]
+    )
     if stored is not None:
         print("\nkvstore:")
         _show(
@@ -141,7 +143,9 @@ def hottest(
     )
 )
 def verify(
-    only: Annotated[list[str] | None, typer.Argument(help="Workers; left out: all.", show_default=False)] = None,
+    only: Annotated[
+        list[str] | None, typer.Argument(metavar="WORKER_ID", help="Left out: all.", show_default=False)
+    ] = None,
     settle_s: Annotated[float, typer.Option(min=0, help="Differences that pass within this time do not count.")] = 2.0,
     kvstore: KvStore = None,
     name: Name = None,

@@ -1,5 +1,6 @@
 """What this machine has: cores, memory, ports, and who holds a port."""
 
+import errno
 import os
 import random
 import socket
@@ -24,13 +25,17 @@ def read_machine() -> Machine:
 
 def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether a server could listen there now."""
+    return _obstacle(port, host) is None
+
+
+def _obstacle(port: int, host: str) -> OSError | None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None
 
 
 def free_ports(reserved: Collection[int] = ()) -> Iterator[int]:
@@ -64,9 +69,13 @@ def port_holder(port: int) -> str:
 
 
 def require_free(host: str, port: int) -> None:
-    """Raises PortTaken, naming the holder, where nothing could listen."""
-    if not is_port_free(port, host):
+    """Raises PortTaken, naming the holder, or InvalidOptions with another reason, where nothing could listen."""
+    obstacle = _obstacle(port, host)
+    if obstacle is None:
+        return
+    if obstacle.errno == errno.EADDRINUSE:
         raise PortTaken(f"port {port} on {host} is in use by {port_holder(port)}; choose another with --port")
+    raise InvalidOptions(f"cannot listen on --host {host} --port {port}: {obstacle.strerror}")
 
 
 def find_root(start: Path) -> Path:

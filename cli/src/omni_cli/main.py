@@ -22,7 +22,7 @@ from omni_cli.extensions import Commands
 from omni_cli.facts import probe_facts
 from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
-from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+from omni_cli.options import Home, Name, Port, Url, chosen, examples, files_of, logged
 from omni_cli.plan import StackOptions
 from omni_cli.status import read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
@@ -39,6 +39,8 @@ app = typer.Typer(
     name="omni",
     cls=Commands,
     help="Run an Omni stack on this machine and look at it.\n\nStart with [bold]omni doctor[/], then [bold]omni up[/].",
+    epilog="Exit code: 0 done; 1 it failed, or nobody answers; 2 options or arguments are wrong; 3 the answer is no: "
+    "not healthy, not valid, not the same; 4 no such stack or service.",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -91,7 +93,7 @@ def up(
             exists=True, dir_okay=False, help="Layers that decode over few KV blocks: a file of omni attention search."
         ),
     ] = None,
-    timeout_s: Annotated[float, typer.Option(min=1, help="How long to wait until all is healthy.")] = 600,
+    timeout_s: Annotated[float, typer.Option(min=1, help="How long to wait until all is healthy, seconds.")] = 600,
     ask: Annotated[bool, typer.Option(help="Ask a first question when healthy.")] = True,
     home: Home = None,
 ) -> None:
@@ -120,7 +122,9 @@ def down(
     name: Name = None,
     port: Port = None,
     every: Annotated[bool, typer.Option("--all", help="Every stack of this home.")] = False,
-    timeout_s: Annotated[float, typer.Option(min=0, help="Time to finish running requests.")] = STOP_TIMEOUT_S,
+    timeout_s: Annotated[
+        float, typer.Option(min=0, help="Time to finish running requests, seconds; 0 kills at once.")
+    ] = STOP_TIMEOUT_S,
     home: Home = None,
 ) -> None:
     """Stop a stack: running requests finish, what does not stop in time is killed.
@@ -164,15 +168,18 @@ def status(
 )
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="One question; left out: a conversation.")] = None,
-    url: Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")] = None,
+    url: Url = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Bound of one answer.")] = 512,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, show_default="the model's")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Bound of one answer, tokens.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="0: always the likeliest token.", show_default="the model's")
+    ] = None,
     name: Name = None,
+    port: Port = None,
     home: Home = None,
 ) -> None:
     """Talk to a stack; answers stream. Ctrl-D or an empty line ends a conversation."""
-    client = ChatClient(url or chosen(files_of(home), name, None).url)
+    client = ChatClient(url or chosen(files_of(home), name, port).url)
     messages = [{"role": "system", "content": system}] if system else []
     try:
         model = client.model()
@@ -228,7 +235,7 @@ def logs(
 ) -> None:
     """Show the logs of a stack's services, made readable. They stay after the stack has stopped (--name)."""
     files = files_of(home)
-    stack = name if name is not None else chosen(files, None, port).name
+    stack = logged(files, name, port)
     paths = {path.stem: path for path in sorted(files.logs(stack).glob("*.log"))}
     if service is not None and service not in paths:
         raise InvalidOptions(f"no log of {service!r} in stack {stack!r} (there are: {', '.join(paths) or 'none'})")
@@ -269,8 +276,9 @@ def _run() -> int:
         _say(str(error))
         return error.exit_code
     except OmniError as error:
-        _say(f"{error.message} ({error.field})" if error.field else error.message)
-        return EXIT_CODES.get(type(error), 1)
+        option = error.field or ""
+        _say(f"{option}: {error.message}" if option.startswith("-") and option not in error.message else error.message)
+        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     except KeyboardInterrupt:
         return 130
     except SystemExit as left:

@@ -1,11 +1,12 @@
 """Options that several commands share, and what they mean."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from omni_cli.errors import NoSuchStack
+from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.machine import find_root
 from omni_cli.state import StackState, StateFiles
 
@@ -15,13 +16,14 @@ Home = Annotated[
 ]
 Name = Annotated[str | None, typer.Option(help="The stack's name.", show_default="p<port>, or the only stack")]
 Port = Annotated[int | None, typer.Option(help="The stack by its port.")]
-Url = Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")]
+Url = Annotated[str | None, typer.Option(help="A proxy: http://host:port.", show_default="the running stack's")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+ADDRESS = re.compile(r".+:\d{1,5}")
 
 
 def examples(*lines: str, exit_codes: str = "") -> str:
     head = f"Exit code: {exit_codes}.\n\n" if exit_codes else ""
-    return head + "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+    return head + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
 
 
 def files_of(home: Path | None) -> StateFiles:
@@ -33,9 +35,35 @@ def chosen(files: StateFiles, name: str | None, port: int | None) -> StackState:
     if name is not None:
         return files.load(name)
     states = list(files.all())
+    known = ", ".join(state.name for state in states)
+    if not states:
+        raise NoSuchStack("no stack is recorded; start one with omni up")
     if port is not None:
         states = [state for state in states if state.url.endswith(f":{port}")]
+        if not states:
+            raise NoSuchStack(f"no stack on port {port} (known: {known})")
     if len(states) == 1:
         return states[0]
-    known = ", ".join(state.name for state in files.all()) or "none"
     raise NoSuchStack(f"say which stack with --name or --port (known: {known})")
+
+
+def logged(files: StateFiles, name: str | None, port: int | None) -> str:
+    """The stack whose logs are meant: logs stay when it stops, so it need not be recorded."""
+    known = files.logged()
+    if name is None and (port is not None or any(files.all())):
+        return chosen(files, None, port).name
+    if name is None and len(known) == 1:
+        return known[0]
+    if name in known:
+        return str(name)
+    if not known:
+        raise NoSuchStack("no stack has left logs here; start one with omni up")
+    asked = "say whose logs with --name" if name is None else f"no logs of a stack {name!r}"
+    raise NoSuchStack(f"{asked} (there are: {', '.join(known)})")
+
+
+def checked_address(option: str, given: str) -> str:
+    """Raises InvalidOptions where it is not host:port."""
+    if not ADDRESS.fullmatch(given):
+        raise InvalidOptions(f"{option} {given!r}: write host:port")
+    return given

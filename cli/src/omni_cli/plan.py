@@ -112,7 +112,9 @@ def plan_stack(options: StackOptions, machine: Machine, ports: Iterator[int]) ->
         NotEnoughMemory: the engines would not fit; the message gives both figures.
     """
     _check(options)
-    notes = [*_memory_notes(options, machine)]
+    notes = _memory_notes(options, machine)
+    if options.engine == "sim":
+        notes.append("simulated engines: answers are made up, and times are those of a model")
     needed = options.engines * options.ranks
     ranges = split_cores(machine.cores, needed, in_step=options.ranks > 1)
     if options.engine == "vllm" and len(machine.cores) < needed:
@@ -164,6 +166,8 @@ def _check(options: StackOptions) -> None:
         raise InvalidOptions("at least one decode worker is needed (--decode 1 or --both 1); --prefill may be 0")
     if options.expert_ranks < 0 or options.expert_ranks == 1:
         raise InvalidOptions("--expert-ranks spreads the experts over 2 ranks or more; leave it out for none")
+    if options.kernels.partition(":")[0] not in ("vllm", "omni"):
+        raise InvalidOptions(f"--kernels {options.kernels!r}: vllm, omni, or parts as in omni:norms,routing")
     if options.kernels != "vllm" and options.engine != "vllm":
         raise InvalidOptions(f"--kernels {options.kernels!r}: a simulated engine runs no kernels")
     if options.speculative is not None:

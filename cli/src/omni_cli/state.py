@@ -125,6 +125,10 @@ class StateFiles:
             except (OSError, ValueError, TypeError, KeyError):
                 continue  # being replaced, or not ours; `load` by name says why
 
+    def logged(self) -> list[str]:
+        """Names of stacks that have logs, running or not."""
+        return sorted(path.parent.name for path in self.home.glob("*/logs"))
+
     def reserved_ports(self) -> set[int]:
         """Ports of live stacks, bound or not yet."""
         return {port for state in self.all() for record in state.live() for port in record.ports}

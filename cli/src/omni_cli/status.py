@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omni_cli.probes import Health, Phase, probe, workers_seen
+from omni_cli.plan import Probe
+from omni_cli.probes import Health, Phase, probe, reachable, workers_seen
 from omni_cli.state import ProcessRecord, StackState
 
 
@@ -59,6 +60,12 @@ async def read_all(states: Sequence[StackState]) -> list[StackStatus]:
 async def _service(record: ProcessRecord) -> ServiceStatus:
     is_alive = record.process() is not None
     health = await probe(record.probe, record.address) if is_alive else Health(Phase.DEAD)
-    metrics = f"http://127.0.0.1:{record.metrics_port}/metrics" if record.metrics_port else None
     detail = health.detail if health.phase is not Phase.READY else ""
-    return ServiceStatus(record.name, record.pid, health.phase, record.address, metrics, record.cores, detail)
+    return ServiceStatus(record.name, record.pid, health.phase, record.address, _metrics(record), record.cores, detail)
+
+
+def _metrics(record: ProcessRecord) -> str | None:
+    """The proxy's are on its own port."""
+    if record.probe == Probe.HTTP_READY:
+        return f"http://{reachable(record.address)}/metrics"
+    return f"http://127.0.0.1:{record.metrics_port}/metrics" if record.metrics_port else None

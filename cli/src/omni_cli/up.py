@@ -57,7 +57,9 @@ async def bring_up(
         try:
             is_complete = await _start(stack, bringup, interrupted, console)
             is_left_running = is_complete and bringup.detach
-            if is_complete and not bringup.detach:
+            if is_left_running:
+                console.print(f"omni down --name {options.name} stops it.", highlight=False)
+            elif is_complete:
                 console.print("Ctrl-C stops it.", highlight=False)
                 await stack.watch(interrupted, RestartPolicy(), lambda death: show_death(death, console))
         except StartFailed as failure:
@@ -161,6 +163,7 @@ async def _stop(stack: Stack, timeout_s: float, hurried: asyncio.Event, console:
     console.print(f"stopping {stack.plan.name} ... (Ctrl-C again: at once)", highlight=False)
     if not await _finishes(_stop_gently(stack, timeout_s, console), hurried):
         await stack.stop(0)
+    console.print(f"{stack.plan.name} stopped", highlight=False)
 
 
 async def _stop_gently(stack: Stack, timeout_s: float, console: Console) -> None:

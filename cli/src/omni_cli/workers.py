@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import httpx
 
 from omni.engine.v1 import engine_pb2
 from omni.engine.v1 import worker_service_pb2 as worker_pb
 from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
-from omni_cli.access import key_headers
 from omni_cli.errors import InvalidOptions, NoAnswer
+from omni_cli.kv import ProxyPages
 from omni_common.rpc import channel
 from omni_common.rpc_errors import from_rpc_error
 
@@ -54,18 +53,11 @@ class WorkersClient:
     """Asks one proxy for its workers, and the workers themselves. Raises NoAnswer when one cannot be asked."""
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        self._pages = ProxyPages(url)
 
     async def page(self) -> dict[str, Any]:
         """The proxy's page, as it is."""
-        try:
-            async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, trust_env=False, headers=key_headers()) as client:
-                response = await client.get(f"{self._url}/workers")
-                response.raise_for_status()
-                page: dict[str, Any] = response.json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise NoAnswer(f"proxy at {self._url}: {type(error).__name__}") from None
-        return page
+        return await self._pages.workers()
 
     async def set_role(self, worker_id: str, role: str) -> str:
         """Change a worker's role; returns the one it had. Raises NoAnswer where the worker refuses."""

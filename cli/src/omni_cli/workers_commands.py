@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from omni_cli.options import Home, Name, Port, chosen, examples, files_of
+from omni_cli.options import Home, Name, Port, Url, chosen, examples, files_of
 from omni_cli.workers import ROLES, SeenWorker, WorkersClient, seen_workers
 
 EXIT_NOT_EMPTY = 3
@@ -17,7 +17,6 @@ PIPE_WIDTH = 200
 
 workers_app = typer.Typer()
 
-Url = Annotated[str | None, typer.Option(help="A proxy.", show_default="the running stack's")]
 WorkerId = Annotated[str, typer.Argument(help="As `omni workers` shows it.", show_default=False)]
 
 

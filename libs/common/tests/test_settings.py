@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from omni_common.command import settings_of
 from omni_common.errors import InvalidRequest
 from omni_common.settings import ServiceSettings
 
@@ -48,9 +50,14 @@ def test_numbers_stay_text_where_the_field_takes_text() -> None:
         pytest.param({"OMNI_PROXY_PROT": "1"}, ["OMNI_PROXY_PROT", "did you mean OMNI_PROXY_PORT"], id="misspelt own"),
         pytest.param({"OMNI_LOGLEVEL": "info"}, ["OMNI_LOGLEVEL", "OMNI_LOG_LEVEL"], id="misspelt shared"),
         pytest.param({"OMNI_PORT": "1"}, ["OMNI_PORT"], id="own field without the service's prefix"),
-        pytest.param({"OMNI_PROXY_PART__SIZ": "1"}, ["OMNI_PROXY_PART__SIZ"], id="misspelt part"),
+        pytest.param(
+            {"OMNI_PROXY_PART__SIZ": "1"}, ["OMNI_PROXY_PART__SIZ;", "mean OMNI_PROXY_PART__SIZE?"], id="misspelt part"
+        ),
         pytest.param({"OMNI_PROXY_PORT__X": "1"}, ["has no parts"], id="part of a plain field"),
-        pytest.param({"OMNI_PROXY_PORT": "many"}, ["port"], id="wrong type"),
+        pytest.param({"OMNI_PROXY_PORT": "many"}, ["'port' of proxy", "(OMNI_PROXY_PORT)"], id="wrong type"),
+        pytest.param({"OMNI_PROXY_PART__SIZE": "x"}, ["'part.size'", "(OMNI_PROXY_PART__SIZE)"], id="wrong part"),
+        pytest.param({"OMNI_TLS__CERT_FILE": __file__}, ["(OMNI_PROXY_TLS__*)", "key_file"], id="half a pair"),
+        pytest.param({"OMNI_TLS__CA_FILE": "/does/not/exist"}, ["OMNI_PROXY_TLS__CA_FILE"], id="no such file"),
         pytest.param({"OMNI_PROXY_CONFIG": "/does/not/exist"}, ["OMNI_PROXY_CONFIG"], id="missing file"),
     ],
 )
@@ -64,8 +71,30 @@ def test_refuses(environ: dict[str, str], names: list[str]) -> None:
 def test_refuses_unknown_keys_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "proxy.yaml"
     file.write_text("prot: 1\n")
-    with pytest.raises(InvalidRequest, match="prot"):
+    with pytest.raises(InvalidRequest, match="unknown setting 'prot' of proxy"):
         ProxySettings.load({"OMNI_PROXY_CONFIG": str(file)})
+
+
+def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        settings_of(ProxySettings, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    for line in ("OMNI_PROXY_PORT=8000", "OMNI_PROXY_PART__SIZE=1", "OMNI_LOG_LEVEL=info", "OMNI_TLS__CA_FILE"):
+        assert f"  {line}" in lines
+
+
+def test_wrong_settings_and_arguments_end_a_service_with_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("OMNI_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMNI_PROXY_PORT", "many")
+    for arguments, named in ((["serve"], "'serve'"), ([], "OMNI_PROXY_PORT")):
+        with pytest.raises(SystemExit) as ended:
+            settings_of(ProxySettings, arguments)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("omni-proxy: ") and named in said and said.count("\n") == 1
 
 
 def test_settings_are_frozen() -> None:

@@ -135,3 +135,18 @@ def test_the_workers_own_call_migrates_nothing() -> None:
         assert not hasattr(cpu_worker.torch.ops._C.init_cpu_memory_env, "default"), "still vLLM's op"
     finally:
         del cpu_worker.torch.ops._C.init_cpu_memory_env
+
+
+def test_who_waits_for_a_message_leaves_the_core_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zmq
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    upstream = SpinCondition.__init__.__defaults__
+    assert upstream == (1,), "vLLM spins for another time, or has other defaults"
+    monkeypatch.setattr(SpinCondition.__init__, "__defaults__", upstream)
+    install("short_spin")
+    context = zmq.Context()
+    try:
+        assert SpinCondition(True, context, f"ipc://{tmp_path}/told").busy_loop_s < 0.01
+    finally:
+        context.destroy(linger=0)

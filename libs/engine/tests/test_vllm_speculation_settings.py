@@ -1,14 +1,19 @@
 """What speculative decoding asks of an engine's start, and what is counted of it. No vLLM is started."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import ValidationError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_steps import Drafts, Output, Stats, Step
 
 from omni_common.errors import InvalidRequest
 from omni_engine import vllm_args
@@ -85,74 +90,46 @@ def test_what_drafts_cannot_obey_is_refused_by_name(field: dict[str, Any]) -> No
 
 
 @pytest.fixture
-def memory_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda count: monkeypatch.setattr(vllm_args, "has_one_memory_node", lambda: count == 1)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """A machine of so many memory nodes and cores."""
+
+    def be(nodes: int, cores: int) -> None:
+        monkeypatch.setattr(vllm_args, "has_one_memory_node", lambda: nodes == 1)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+
+    return be
 
 
 @pytest.mark.parametrize(
-    ("config", "platform", "nodes", "fixes"),
+    ("config", "platform", "nodes", "cores", "fixes"),
     [
-        (LATENT, "cpu", 2, "latent_rotary"),
-        (LATENT | {"quantization_config": {"format": "int-quantized"}}, "cpu", 2, "latent_rotary,int8_experts"),
-        (DENSE, "cpu", 2, None),
-        (DENSE, "cpu", 1, "memory_in_place"),
-        (LATENT, "cuda", 1, None),
+        (LATENT, "cpu", 2, 8, "latent_rotary"),
+        (LATENT | {"quantization_config": {"format": "int-quantized"}}, "cpu", 2, 8, "latent_rotary,int8_experts"),
+        (DENSE, "cpu", 2, 8, None),
+        (DENSE, "cpu", 1, 8, "memory_in_place"),
+        (DENSE, "cpu", 2, 2, "short_spin"),
+        (LATENT, "cuda", 1, 2, None),
     ],
 )
 def test_cpu_engines_get_the_fixes_their_model_and_machine_need(
     tmp_path: Path,
-    memory_nodes: Callable[[int], None],
+    machine: Callable[[int, int], None],
     config: dict[str, Any],
     platform: str,
     nodes: int,
+    cores: int,
     fixes: str | None,
 ) -> None:
-    memory_nodes(nodes)
+    machine(nodes, cores)
     plan = plan_launch(VllmSettings(platform=platform), model(tmp_path, config), "m", "decode")  # type: ignore[arg-type]
     assert plan.environment.get(FIXES_VARIABLE) == fixes
 
 
-def test_drafts_on_cpu_are_sampled_right(tmp_path: Path, memory_nodes: Callable[[int], None]) -> None:
-    memory_nodes(2)
+def test_drafts_on_cpu_are_sampled_right(tmp_path: Path, machine: Callable[[int, int], None]) -> None:
+    machine(2, 8)
     settings = VllmSettings.model_validate({"speculative": "ngram:2"})
     plan = plan_launch(settings, model(tmp_path, DENSE), "m", "decode")
     assert plan.environment[FIXES_VARIABLE] == "draft_sampling"
-
-
-@dataclass
-class Drafts:
-    """One step's counts, as vLLM names them."""
-
-    num_drafts: int
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    num_accepted_tokens_per_pos: list[int]
-
-
-@dataclass
-class Stats:
-    spec_decoding_stats: Drafts | None
-    num_running_reqs: int = 1
-    num_waiting_reqs: int = 0
-    kv_cache_usage: float = 0.0
-
-
-@dataclass
-class Output:
-    request_id: str
-    new_token_ids: list[int]
-    finish_reason: str | None = None
-    new_logprobs: Any = None
-    events: Any = None
-    prefill_stats: Any = None
-
-
-@dataclass
-class Step:
-    timestamp: float
-    outputs: list[Output] = field(default_factory=list)
-    scheduler_stats: Stats | None = None
-    engine_index: int = 0
 
 
 def drafting_tracker() -> Tracker:

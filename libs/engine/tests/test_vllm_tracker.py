@@ -1,35 +1,19 @@
 """What a worker on vLLM says of its load, from what the engine core reports each step. No vLLM is started."""
 
 import asyncio
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_steps import Output, Step
 
 from omni_engine.ports import DecodeJob, KvHandle, PrefillJob, SamplingParams
 from omni_engine.vllm_outputs import PendingPrefill, RunningSequence, Tracker
 
 PARAMS = SamplingParams(max_tokens=8)
-
-
-@dataclass
-class Output:
-    """One request's part of a step, as vLLM names it."""
-
-    request_id: str
-    new_token_ids: list[int]
-    finish_reason: str | None = None
-    new_logprobs: Any = None
-    events: Any = None
-    prefill_stats: Any = None
-
-
-@dataclass
-class Step:
-    timestamp: float
-    outputs: list[Output] = field(default_factory=list)
-    scheduler_stats: Any = None
-    engine_index: int = 0
 
 
 def sequence(name: str, tokens: int, believed: int | None = None) -> RunningSequence:

@@ -82,6 +82,12 @@ async def test_another_schema_is_refused(redis_server: Any, found: str) -> None:
     assert f"schema {found}" in errors.decode() and "omni-kvstore migrate" in errors.decode()
 
 
+@pytest.mark.parametrize("url", ["http://redis:6379", "redis://redis:many"])
+def test_a_redis_url_that_cannot_be_read_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="OMNI_KVSTORE_REDIS_URL"):
+        Settings.load({"OMNI_KVSTORE_REDIS_URL": url})
+
+
 async def test_migration_removes_the_old_keys_and_only_where_nobody_uses_them(redis_server: Any) -> None:
     async with Redis.from_url(redis_server.url) as client:
         await client.mset({"omni:{default}:dataset": "old", "omni:{default}:block:x": "1", "omni:{other}:run": "5"})

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +103,8 @@ class FakeWorker:
     held: asyncio.Event = field(default_factory=asyncio.Event)
     prefill_gate: asyncio.Event | None = None
     report_s: float | None = None
+    life: Mapping[str, float] = field(default_factory=dict)
+    """Of its reports: prompts before this proxy's."""
     is_loading: bool = False
     prefill_started: asyncio.Event = field(default_factory=asyncio.Event)
     breaks: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,7 +137,9 @@ class FakeWorker:
         return worker_service_pb2.DescribeResponse(info=self.info())
 
     async def WatchStats(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.WatchStatsResponse]:
-        yield worker_service_pb2.WatchStatsResponse(worker_id=self.worker_id, epoch=self.epoch, running=len(self.live))
+        yield worker_service_pb2.WatchStatsResponse(
+            worker_id=self.worker_id, epoch=self.epoch, running=len(self.live), **self.life
+        )
         while self.report_s is not None:
             await asyncio.sleep(self.report_s)
             yield worker_service_pb2.WatchStatsResponse(worker_id=self.worker_id, epoch=self.epoch)

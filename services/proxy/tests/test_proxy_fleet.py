@@ -154,13 +154,19 @@ async def test_the_steps_of_who_does_not_decode_teach_nothing(made: Fixture) -> 
 
 
 async def test_a_new_proxy_knows_from_a_workers_life_what_its_prompts_take(made: Fixture) -> None:
-    slow, quick, strange = (made.put(name, Role.PREFILL) for name in ("slow", "quick", "strange"))
+    slow, quick = made.put("slow", Role.PREFILL), made.put("quick", Role.PREFILL)
+    other = made.put("other", Role.PREFILL, engine="of another kind")
     slow.load = Load(prompts=400, prompt_tokens=400_000, prompt_busy_ms=400_000.0)
-    quick.load = Load(prompts=10, prompt_tokens=20_000, prompt_busy_ms=250.0)
-    strange.load = Load(running=1)
+    newcomer = made.put("new", Role.PREFILL)
+    quick.load = Load(prompts=10, prompt_tokens=10_000, prompt_busy_ms=125.0)
+    newcomer.load = other.load = Load(running=1)
     view = made.view(prompt_tokens=1000)
     expected = np.dot(Priors().prompt, (1.0, 1000.0, 500.0))
-    assert view.times.prefill_ms == pytest.approx([1000.0, 12.5, expected], rel=0.1)
+    said = dict(zip(view.ids, view.times.prefill_ms.tolist(), strict=True))
+    assert {name: said[name] for name in ("slow", "quick", "other")} == pytest.approx(
+        {"slow": 1000.0, "quick": 12.5, "other": expected}, rel=0.1
+    )
+    assert 12.0 < said["new"] < 1000.0, "as its peers"
 
 
 async def test_a_life_before_says_nothing_that_was_not_seen_better(made: Fixture) -> None:
@@ -189,8 +195,9 @@ async def test_room_is_where_the_least_loaded_worker_is_soon_done(made: Fixture)
     assert room.room_in_ms(ticket) == np.inf, "nobody decodes"
     decode = made.put("d", Role.DECODE)
     assert room.room_in_ms(ticket) == 0
+    takes_ms = float(np.dot(Priors().prompt, (1.0, 1000.0, 500.0)))
+    made.fleet.times.saw_prompt(made.fleet.columns.slot("p"), prompt_features(1000, 0), takes_ms)
     with made.fleet.ledger.charge("p", (1000, 0)):
-        takes_ms = float(np.dot(Priors().prompt, (1.0, 1000.0, 500.0)))
         assert room.drain_ms() == pytest.approx(takes_ms)
         assert room.room_in_ms(ticket) == pytest.approx(takes_ms - 20.0)
         made.put("q", Role.PREFILL)

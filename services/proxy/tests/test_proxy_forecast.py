@@ -13,6 +13,8 @@ from omni_proxy.scheduling.forecast import Forecast, LoadCost, Outlook, reusable
 
 BLOCK = 7
 PROMPT = list(range(100, 200))
+LIFE = {"prompts": 10, "prompt_tokens": 10_000, "prompt_busy_ms": 1_000.0}
+"""Of workers that are no strangers, so that they get prompts before they have answered one."""
 
 
 def completion(prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -60,7 +62,7 @@ async def burst(stack: Any, prompts: list[list[int]]) -> None:
 
 
 async def test_a_burst_of_one_prompt_stays_together(start):
-    stack = await start("p1 p2 p3 p4 d")
+    stack = await start("p1 p2 p3 p4 d", life=LIFE)
     await burst(stack, [PROMPT] * 8)
     assert prefills(stack) == {"p1": 8}
     assert stack.metric("omni_proxy_prefix_marks_running") == 0
@@ -68,13 +70,13 @@ async def test_a_burst_of_one_prompt_stays_together(start):
 
 
 async def test_a_burst_of_many_prompts_spreads(start):
-    stack = await start("p1 p2 p3 p4 d")
+    stack = await start("p1 p2 p3 p4 d", life=LIFE)
     await burst(stack, [[n] * 100 for n in range(8)])
     assert prefills(stack) == {"p1": 2, "p2": 2, "p3": 2, "p4": 2}
 
 
 async def test_two_bursts_take_two_workers(start):
-    stack = await start("p1 p2 d")
+    stack = await start("p1 p2 d", life=LIFE)
     await burst(stack, [PROMPT, PROMPT[::-1]] * 4)
     assert prefills(stack) == {"p1": 4, "p2": 4}
     heads = {name: Counter(r.token_ids[0] for r in stack[name].prefills) for name in ("p1", "p2")}
@@ -82,7 +84,7 @@ async def test_two_bursts_take_two_workers(start):
 
 
 async def test_a_burst_leaves_a_worker_that_has_other_work(start):
-    stack = await start("p1 p2 d")
+    stack = await start("p1 p2 d", life=LIFE)
     tails = [PROMPT + [n] * 60 for n in range(6)]
     await burst(stack, tails)
     assert set(prefills(stack)) == {"p1", "p2"}

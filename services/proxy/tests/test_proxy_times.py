@@ -57,6 +57,9 @@ class World:
         self.truths[name] = truth or Truth()
         self.times.join(self.columns.slot(name), capacity)
 
+    def free_in_ms(self, name: str) -> float:
+        return float(self.times.free_in_ms(np.array([self.columns.slot(name)]), self.now_s)[0])
+
     def drop(self, name: str) -> None:
         del self.truths[name]
         self.times.leave(self.columns.slot(name))
@@ -378,6 +381,23 @@ def test_a_step_counts_who_is_on_the_way() -> None:
         assert world.times.of(slots, 0.0, 0, 1, nothing).step_ms[0] == pytest.approx(idle + 5 * Priors().step[1])
         world.columns.running[slots] = 9
         assert world.times.of(slots, 0.0, 0, 1, nothing).step_ms[0] == pytest.approx(idle + 9 * Priors().step[1])
+
+
+def test_nobody_is_free_before_the_first_answer_of_its_kind() -> None:
+    """Where the prior is ten times too short, ten prompts would queue behind it."""
+    assert Priors().prompt == (10.0, 0.1, 0.001)
+    world = World()
+    for name in ("a", "b"):
+        world.join(name, Truth((100.0, 1.0, 0.01), noise=0.0))
+    a_ms = 10 * float(np.dot(Priors().prompt, prompt_features(1000, 0)))
+    world.send("a", 1000)
+    assert world.free_in_ms("b") == 0
+    world.send("b", 4000)
+    world.until(a_ms / 5e3)
+    assert min(world.free_in_ms("a"), world.free_in_ms("b")) >= 1000 > world.backlog_ms("a")
+    world.until(a_ms / 1e3)
+    assert world.free_in_ms("a") == 0
+    assert world.free_in_ms("b") == pytest.approx(world.left_ms("b"), rel=0.2)
 
 
 def test_unknown_workers_teach_nothing() -> None:

@@ -1,6 +1,7 @@
 """Tokens from a step frame to the client: shown in the frame's own callback, or left to the writer's task."""
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -282,3 +283,27 @@ async def test_a_stop_string_across_frames_is_cut_where_the_whole_text_is(start,
     await call(stack, wire, max_tokens=60, stop=[stop])
     assert wire.text == whole[: whole.index(stop)]
     await stack.until_settled()
+
+
+@pytest.mark.parametrize("fleet", ["b", "p d"])
+async def test_answered_requests_leave_nothing_to_the_garbage_collector(start, fleet):
+    stack = await start(fleet)
+
+    async def ask() -> None:
+        assert (await stack.chat(stream=True)).status_code == (await stack.chat()).status_code == 200
+        assert (await stack.chat(n=0)).status_code == 400
+        await stack.until_settled()
+
+    await ask()
+    gc.collect()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        await ask()
+        gc.collect()
+        left = {type(o).__qualname__ for o in gc.garbage if type(o).__module__.startswith(("omni_proxy", "uvicorn"))}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == set(), "full collections hold up every stream"

@@ -151,8 +151,8 @@ class Server:
                 self.port = self._server.add_insecure_port(address)
             else:
                 self.port = self._server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from None
+        except RuntimeError:  # says to set GRPC_VERBOSITY; the reason is on stderr
+            raise OSError(f"cannot listen on {address}: is the port in use, or the host not this machine's?") from None
         await self.set_serving(serving)
         await self._server.start()
         return self.port

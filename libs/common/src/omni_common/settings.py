@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FilePath, TypeAdapter, ValidationError, model_validator
 
 from omni_common.errors import InvalidRequest
 
@@ -23,9 +23,15 @@ class TlsSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    ca_file: Path | None = None
+    cert_file: FilePath | None = Field(default=None, description="Certificate, PEM; with key_file")
+    key_file: FilePath | None = Field(default=None, description="Its private key")
+    ca_file: FilePath | None = Field(default=None, description="Authority that the other side's certificate must be of")
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file need each other")
+        return self
 
 
 class ServiceSettings(BaseModel):
@@ -34,12 +40,12 @@ class ServiceSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     service: ClassVar[str] = ""
 
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["json", "text"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning, error")
+    log_format: Literal["json", "text"] = Field("json", description="json, or text, which reads better on a terminal")
     otlp_endpoint: str | None = Field(None, description="OTLP gRPC endpoint for traces, e.g. http://collector:4317")
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="Share of root traces that are recorded")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="Prometheus port; 0 picks a free one")
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = Field("127.0.0.1", description="Address the metrics are served on")
     drain_timeout_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running work")
     tls: TlsSettings = TlsSettings()
 
@@ -55,9 +61,31 @@ class ServiceSettings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_input=False)[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise InvalidRequest(f"setting {name!r} of {cls.service}: {first['msg']}", field=name) from None
+            if first["type"] == "extra_forbidden":
+                raise InvalidRequest(f"unknown setting {name!r} of {cls.service}", field=name) from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise InvalidRequest(
+                f"setting {name!r} of {cls.service} ({_variable(cls, first['loc'])}): {said}", field=name
+            ) from None
+
+
+def part_of(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that has parts."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _variable(cls: type[ServiceSettings], loc: tuple[int | str, ...]) -> str:
+    """The variable that sets a field; `*` where a part of it is wrong together with others."""
+    names: list[str] = []
+    model: type[BaseModel] | None = cls
+    for name in map(str, loc):
+        if model is None or name not in model.model_fields:
+            break
+        names.append(name.upper())
+        model = part_of(model.model_fields[name].annotation)
+    return f"OMNI_{cls.service.upper()}_{'__'.join(names if model is None else [*names, '*'])}"
 
 
 def _from_file(service: str, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -92,16 +120,18 @@ def _put(
 ) -> None:
     field = model.model_fields.get(path[0])
     if field is None:
-        known = [f"OMNI_{top.service.upper()}_{n.upper()}" for n in top.model_fields]
-        known += [f"OMNI_{n.upper()}" for n in ServiceSettings.model_fields]
+        known = [variable[: -len("__".join(path))] + name.upper() for name in model.model_fields]
+        if model in (top, ServiceSettings):
+            known += [f"OMNI_{top.service.upper()}_{name.upper()}" for name in top.model_fields]
+            known += [f"OMNI_{name.upper()}" for name in ServiceSettings.model_fields]
         close = difflib.get_close_matches(variable, known, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise InvalidRequest(f"unknown setting {variable}{hint}", field=variable)
     if len(path) == 1:
         target[path[0]] = _parsed(raw, field.annotation)
         return
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-        _put(target.setdefault(path[0], {}), path[1:], raw, variable, field.annotation, top)
+    if (part := part_of(field.annotation)) is not None:
+        _put(target.setdefault(path[0], {}), path[1:], raw, variable, part, top)
         return
     raise InvalidRequest(f"setting {variable}: {path[0]!r} has no parts", field=variable)
 

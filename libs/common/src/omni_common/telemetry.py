@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from omni_common.settings import ServiceSettings
 
-_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
+"""Not shown as extra fields; the last is uvicorn's message once more, for terminals."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -76,10 +77,17 @@ def set_up(settings: ServiceSettings, instance: str, version: str) -> Telemetry:
     registry = CollectorRegistry()
     port = None
     if settings.metrics_port is not None:
-        server, _ = start_http_server(settings.metrics_port, settings.metrics_host, registry)
-        port = server.server_port
+        port = _serve_metrics(settings.metrics_host, settings.metrics_port, registry)
         logging.getLogger(__name__).info("metrics served", extra={"port": port})
     return Telemetry(provider, registry, port)
+
+
+def _serve_metrics(host: str, port: int, registry: CollectorRegistry) -> int:
+    try:
+        server, _ = start_http_server(port, host, registry)
+    except OSError as error:
+        raise OSError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from None
+    return server.server_port
 
 
 def _set_up_logging(settings: ServiceSettings, service: str) -> None:

@@ -19,6 +19,8 @@ from omni_engine.vllm_cpu_fixes import (
     INT8_EXPERTS,
     LATENT_ROTARY,
     MEMORY_IN_PLACE,
+    SHORT_SPIN,
+    has_few_cores,
     has_one_memory_node,
 )
 from omni_engine.vllm_pattern import read_pattern
@@ -139,6 +141,7 @@ def _cpu_fixes(settings: VllmSettings, config: dict[str, Any]) -> str:
         INT8_EXPERTS: config.get("quantization_config"),
         DRAFT_SAMPLING: settings.speculative,
         MEMORY_IN_PLACE: has_one_memory_node(),
+        SHORT_SPIN: has_few_cores(),
     }
     return ",".join(name for name, is_needed in needed.items() if is_needed)
 

@@ -4,24 +4,21 @@ import sys
 
 import uvloop
 
-from omni_common.errors import InvalidRequest, OmniError
+from omni_common.command import settings_of
+from omni_common.errors import OmniError
 from omni_kvstore.app import migrated, serve
 from omni_kvstore.settings import Settings
 
-_USAGE = "usage: omni-kvstore [migrate]; settings are OMNI_KVSTORE_* variables"
-
 
 def main() -> None:
+    """Exit code 2: the settings are wrong; 1: the service could not start."""
+    is_migration = sys.argv[1:] == ["migrate"]
+    settings = settings_of(Settings, [] if is_migration else sys.argv[1:], usage="[migrate]")
     try:
-        match sys.argv[1:]:
-            case []:
-                uvloop.run(serve(Settings.load()))
-            case ["migrate"]:
-                print(uvloop.run(migrated(Settings.load())))
-            case ["-h" | "--help"]:
-                print(_USAGE)
-            case _:
-                raise InvalidRequest(_USAGE)
+        if is_migration:
+            print(uvloop.run(migrated(settings)))
+        else:
+            uvloop.run(serve(settings))
     except (OmniError, OSError) as error:
         sys.exit(f"omni-kvstore: {error}")
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from redis.asyncio.connection import parse_url
 
 from omni_common.settings import ServiceSettings
 
@@ -31,3 +32,10 @@ class Settings(ServiceSettings):
     max_workers: int = Field(4096, ge=1)
     max_lookup_blocks: int = Field(16_384, ge=1)
     watch_queue: int = Field(4096, ge=1, description="Changes queued per watch before it gets a new snapshot")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _can_be_read(cls, url: str | None) -> str | None:
+        if url is not None:
+            parse_url(url)
+        return url

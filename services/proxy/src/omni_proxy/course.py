@@ -12,6 +12,7 @@ from omni_proxy.foresight import Foresight
 from omni_proxy.ports import KvHandle, PrefillPort
 from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.request import SchedulingRequest
+from omni_proxy.scheduling.view import FleetView
 from omni_proxy.sequence import Scheduler, SequenceJob, SequenceRecord
 from omni_proxy.tracing import RequestTrace
 
@@ -39,6 +40,9 @@ class Course:
         self.foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, scheduler.metrics.prefix, self.now)
         self.output_tokens = scheduler.lengths.expect(job.sampling.max_tokens)
         self.has_fresh_look = False
+        """The caches were just looked at."""
+        self.fresh_view: FleetView | None = None
+        """Of this very moment, for the next decision."""
         self.record = SequenceRecord()
         self.sent: list[int] = []
         self.lease: Lease | None = None
@@ -65,9 +69,11 @@ class Course:
             tenant=job.caller.tenant,
             priority=job.caller.priority,
         )
-        # Who goes on with blocks that were just computed elsewhere is not chosen by its cache.
-        is_known = self.has_fresh_look or lease is not None
-        view = self.foresight.view(left, generated, afresh=not is_known)
+        view, self.fresh_view = self.fresh_view, None
+        if view is None:
+            # Who goes on with blocks that were just computed elsewhere is not chosen by its cache.
+            is_known = self.has_fresh_look or lease is not None
+            view = self.foresight.view(left, generated, afresh=not is_known)
         self.has_fresh_look = False
         decision = self.scheduler.policy.choose(request, view)
         self.record.decided(decision, time.perf_counter() - started)

@@ -22,6 +22,7 @@ from omni_proxy.eager_send import EagerSend
 from omni_proxy.explain import EXPLAIN_HEADER
 from omni_proxy.fields import Fields
 from omni_proxy.generation import Generation, token_limits
+from omni_proxy.give_way import give_way
 from omni_proxy.kv_pages import KvPages
 from omni_proxy.lifecycle import check_room
 from omni_proxy.openai_answers import (
@@ -130,6 +131,7 @@ class Api:
         try:
             visit = self.tenants.enter(request.state.caller)
             prompts = await make_prompts()
+            await give_way()
             max_model_len = self.max_model_len
             for index, tokens in enumerate(prompts):
                 name = field if num_prompts == 1 else f"{field}[{index}]"

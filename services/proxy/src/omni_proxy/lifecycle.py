@@ -15,6 +15,7 @@ from omni_proxy.decoding import ENDED, Decoding
 from omni_proxy.feed import Show
 from omni_proxy.flow.gate import Turn
 from omni_proxy.flow.ticket import Ticket
+from omni_proxy.give_way import give_way
 from omni_proxy.ports import FinishReason, PrefillAnswer
 from omni_proxy.prefilling import Prefilling
 from omni_proxy.room import least_work
@@ -99,7 +100,9 @@ class SequenceRun:
         if gate is None:
             return None
         prompt_tokens = len(job.prompt)
-        uncached, prefill_ms = least_work(course.foresight.view(course.output_tokens), prompt_tokens)
+        await give_way()
+        view = course.foresight.view(course.output_tokens)
+        uncached, prefill_ms = least_work(view, prompt_tokens)
         ticket = Ticket(
             request_id=job.request_id,
             arrived_s=job.arrived,
@@ -117,6 +120,7 @@ class SequenceRun:
         turn = await gate.turn(ticket)
         course.record.held_ms = turn.waited_ms
         course.has_fresh_look = turn.waited_ms < _FRESH_MS
+        course.fresh_view = None if turn.has_waited else view
         return turn
 
     def _first_batch(self, answer: PrefillAnswer) -> TokenBatch | None:

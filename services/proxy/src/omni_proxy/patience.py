@@ -17,23 +17,35 @@ async def patience(settings: HealthSettings, predicted_s: float, is_silent: Call
 
     Time is counted, not read from the clock: while this process was stopped nobody was waited for.
     """
-    loop, waited_s = asyncio.get_running_loop(), settings.patience_s(predicted_s)
-    handle: asyncio.TimerHandle | None = None
-
-    def look() -> None:
-        nonlocal handle, waited_s
-        if settings.is_stuck(waited_s, predicted_s, settings.silence_s if is_silent() else 0.0):
-            guard.reschedule(loop.time())
-            return
-        waited_s += _LOOK_AGAIN_S
-        handle = loop.call_later(_LOOK_AGAIN_S, look)
-
-    handle = loop.call_later(waited_s, look)
     try:
         async with asyncio.timeout(None) as guard:
-            yield
+            watch = _Watch(settings, predicted_s, is_silent, guard)
+            try:
+                yield
+            finally:
+                watch.timer.cancel()
     except TimeoutError:
         raise Unavailable("the worker has gone quiet", reason=STALLED) from None
-    finally:
-        if handle is not None:
-            handle.cancel()
+
+
+class _Watch:
+    """Ends `guard` when the worker is stuck."""
+
+    def __init__(
+        self, settings: HealthSettings, predicted_s: float, is_silent: Callable[[], bool], guard: asyncio.Timeout
+    ) -> None:
+        self._settings = settings
+        self._predicted_s = predicted_s
+        self._is_silent = is_silent
+        self._guard = guard
+        self._loop = asyncio.get_running_loop()
+        self._waited_s = settings.patience_s(predicted_s)
+        self.timer = self._loop.call_later(self._waited_s, self._look)
+
+    def _look(self) -> None:
+        silent_s = self._settings.silence_s if self._is_silent() else 0.0
+        if self._settings.is_stuck(self._waited_s, self._predicted_s, silent_s):
+            self._guard.reschedule(self._loop.time())
+            return
+        self._waited_s += _LOOK_AGAIN_S
+        self.timer = self._loop.call_later(_LOOK_AGAIN_S, self._look)

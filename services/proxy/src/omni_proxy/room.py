@@ -34,14 +34,14 @@ class FleetRoom:
     def drain_ms(self) -> float:
         """Until the least loaded worker has computed what was sent to it; inf where there is none."""
         slots = self._fleet.computing_slots()
-        return float(self._fleet.times.backlog_ms(slots, self._fleet.now()).min()) if len(slots) else math.inf
+        return float(self._fleet.times.free_in_ms(slots, self._fleet.now()).min()) if len(slots) else math.inf
 
     def _prompt_ms(self, ticket: Ticket) -> float:
         """Until a worker has computed what is ahead; 0 where that and the prompt are a small part of one step."""
         slots, times = self._fleet.computing_slots(), self._fleet.times
         if times.begins_in_a_step(slots, ticket.uncached_tokens, _STEP_SHARE):
             return 0.0
-        return float(times.backlog_ms(slots, self._fleet.now()).min())
+        return float(times.free_in_ms(slots, self._fleet.now()).min())
 
     def _seat_ms(self, ticket: Ticket, slots: Rows) -> float:
         """Until a decode worker has a seat."""

@@ -22,7 +22,7 @@ from omni_common.errors import Internal, InvalidRequest
 from omni_proxy.detokenize import ByteFallbackDetokenizer, ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 from omni_proxy.output_formats import FORMATS, format_of
 
-_INLINE_CHARS = 8 * 1024
+_INLINE_CHARS = 2 * 1024
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -62,7 +62,7 @@ class ModelText:
         """Token ids; long texts are tokenized in a thread so that streams keep flowing."""
         if len(text) <= _INLINE_CHARS:
             return self._encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(None, self._encode_long, text, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(None, self._encode, text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -102,10 +102,7 @@ class ModelText:
         return _cut_at_mark(text) if continued else text
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Without the offsets of tokens in the text, a third quicker; the batch's threads do not repay short texts."""
+        """As a batch of one, whose offsets in the text are not looked for: a quarter quicker."""
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 

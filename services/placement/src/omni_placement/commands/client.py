@@ -66,7 +66,10 @@ class PlacementService:
         labels = ", ".join(group.label for group in known) or "none"
         if not meant:
             raise NotFound(
-                f"no layout of {label!r} is in force (there are: {labels})" if label else "no layout is in force"
+                f"no layout of {label!r} is in force (there are: {labels})"
+                if label
+                else "no layout is in force: no engine with expert-parallel ranks follows this service "
+                "(omni up --expert-ranks 2)"
             )
         if len(meant) > 1:
             raise InvalidRequest(f"which one? There are: {labels}", field="--model")

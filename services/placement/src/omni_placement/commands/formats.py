@@ -151,7 +151,9 @@ def _from_json(path: Path) -> Named:
         return Named(layout, content["model"], content["group"], int(content["version"]), content["solver"])
     except InvalidRequest as error:
         raise _unreadable(path, error.message) from error
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except OSError as error:
+        raise _unreadable(path, error.strerror or "cannot be read") from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise _unreadable(path, f"is no layout ({type(error).__name__}: {error})") from error
 
 
@@ -170,7 +172,9 @@ def _to_json(named: Named) -> dict[str, Any]:
 def _array(path: Path) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        raise _unreadable(path, error.strerror or "cannot be read") from error
+    except (ValueError, EOFError) as error:
         raise _unreadable(path, f"is no .npy array ({error})") from error
     return array
 

@@ -140,7 +140,7 @@ PIN = re.compile(r"(\d+):(\d+):(\d+)")
 def examples(*lines: str, exit_codes: str = "") -> str:
     """The end of a command's help."""
     head = f"Exit code: {exit_codes}.\n\n" if exit_codes else ""
-    return head + "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+    return head + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
 
 
 @contextmanager
@@ -149,7 +149,8 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except OmniError as error:
-        error.field = FIELDS.get(error.field or "", error.field)
+        if (option := FIELDS.get(error.field or "")) is not None:
+            error.message, error.field = error.message.replace(str(error.field), option), option
         raise
 
 

@@ -55,6 +55,8 @@ class Turn:
     """A request's leave to go to the workers."""
 
     waited_ms: float
+    has_waited: bool
+    """Others ran meanwhile, even if it took no time."""
     reason: Release
     _ended: Callable[[int], None]
 
@@ -96,7 +98,7 @@ class FlowGate:
         now = self._timers.time()
         if not self._queue and self._soon is None and (reason := self._reason_at_once(ticket, now)) is not None:
             self._queue.pass_by(ticket, now)
-            return self._turn(ticket, now, reason)
+            return self._turn(ticket, now, reason, has_waited=False)
         self._enqueue(ticket, now)
         waiting: asyncio.Future[Release] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = waiting
@@ -112,7 +114,7 @@ class FlowGate:
             raise
         finally:
             self._waiting.pop(ticket, None)
-        return self._turn(ticket, now, reason)
+        return self._turn(ticket, now, reason, has_waited=True)
 
     def poke(self) -> None:
         """Something changed: look again in the next pass of the loop."""
@@ -291,7 +293,7 @@ class FlowGate:
         drain_ms = gap_ms * len(self._queue) + _finite(self._room.drain_ms())
         return min(self._queue.settings.ttl_s, drain_ms / 1e3)
 
-    def _turn(self, ticket: Ticket, offered_s: float, reason: Release) -> Turn:
+    def _turn(self, ticket: Ticket, offered_s: float, reason: Release, *, has_waited: bool) -> Turn:
         waited_s = max(0.0, self._timers.time() - offered_s)
         self._metrics.hold.observe(waited_s)
         self._metrics.releases[reason].inc()
@@ -300,7 +302,7 @@ class FlowGate:
             excess = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
             self._queue.settle(ticket, excess, self._timers.time())
 
-        return Turn(waited_s * 1e3, reason, ended)
+        return Turn(waited_s * 1e3, has_waited, reason, ended)
 
     def _watch(self) -> None:
         queue = self._queue

@@ -22,8 +22,11 @@ from omni_proxy.scheduling.view import Bools, Floats, Ints, Rows
 
 _STEP_BACKGROUND = 0.1
 """Smoothing of the prompt tokens that a worker computes beside a decode step."""
-_TELLS = frozenset({2, 8, 32, 128, 512})
+_TELLS = frozenset({1, 8, 32, 128, 512})
 """Observations of a worker after which others of its kind hear of it."""
+_STRANGER_MS = 1000.0
+"""So long a worker is not free at its first prompt if nothing is known of its kind: a prior may be off by any factor,
+and what is sent behind a prompt that takes ten times as long as believed waits for all of it."""
 
 
 def prompt_features(uncached_tokens: float, cached_tokens: int) -> Floats:
@@ -80,6 +83,8 @@ class WorkerTimes:
         self._prompts_seen: set[int] = set()
         """Slots of workers of which prompts were seen, in an earlier epoch perhaps."""
         self._steps_seen: set[int] = set()
+        self._strangers: set[int] = set()
+        """Slots of workers of whose prompts nothing but a prior is known."""
         self._connectors: dict[str, int] = {}
         self._prompt_rows = np.zeros(0, np.int64)
         self._step_rows = np.zeros(0, np.int64)
@@ -100,10 +105,11 @@ class WorkerTimes:
         else:
             self.leave(slot)
             alike = self._alike(capacity.kind)
-            self._prompt_rows[slot] = self._prompt.add(
-                _prior(self._prompt, self._prompt_rows[alike], self._priors.prompt)
-            )
-            self._step_rows[slot] = self._step.add(_prior(self._step, self._step_rows[alike], self._priors.step))
+            if alike.isdisjoint(self._prompts_seen):
+                self._strangers.add(slot)
+            prompt = _prior(self._prompt, self._prompt_rows, alike & self._prompts_seen, self._priors.prompt)
+            step = _prior(self._step, self._step_rows, alike & self._steps_seen, self._priors.step)
+            self._prompt_rows[slot], self._step_rows[slot] = self._prompt.add(prompt), self._step.add(step)
         self._known[slot] = capacity
         self._limits[slot] = capacity.max_num_seqs, capacity.kv_tokens, capacity.max_batched_tokens
         self._connector_rows[slot] = self._general(capacity.connector)
@@ -113,6 +119,7 @@ class WorkerTimes:
         if self._known.pop(slot, None) is None:
             return
         self._prompts_seen.discard(slot)
+        self._strangers.discard(slot)
         self._steps_seen.discard(slot)
         self._prompt.remove(int(self._prompt_rows[slot]))
         self._step.remove(int(self._step_rows[slot]))
@@ -132,10 +139,12 @@ class WorkerTimes:
         if known is None:
             return None
         self._prompts_seen.add(slot)
+        self._strangers.discard(slot)
         row = int(self._prompt_rows[slot])
         seen = Seen(self._prompt.observe(row, work, seen_ms), seen_ms)
         if self._prompt.counts(np.array([row]))[0] in _TELLS:
             self._tell(known.kind, self._prompt, self._prompt_rows, self._prompts_seen)
+            self._strangers -= self._alike(known.kind)
         return seen
 
     def heard_of_prompts(self, slot: int, prompts: int, tokens: int, busy_ms: float) -> None:
@@ -154,7 +163,7 @@ class WorkerTimes:
         features = np.array([1.0, tokens / 1e3])
         row = int(self._pair_rows[prefill, decode])
         if row < 0:
-            row = self._transfer.add(_prior(self._transfer, np.array([general]), self._priors.transfer))
+            row = self._transfer.add(self._transfer.typical(np.array([general])))
             self._pair_rows[prefill, decode] = row
         self._transfer.observe(general, features, seen_ms)
         return Seen(self._transfer.observe(row, features, seen_ms), seen_ms)
@@ -176,6 +185,15 @@ class WorkerTimes:
     def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Until what is in flight to each worker is computed."""
         return self._prompt.milliseconds(self._prompt_rows[slots], self._remaining(slots, now_s))
+
+    def free_in_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
+        """Until each worker should get more: `backlog_ms`, but a stranger's first prompt is waited for."""
+        ms = self.backlog_ms(slots, now_s)
+        if self._strangers:
+            is_busy = (self._columns.own_prefills + self._columns.others_prefills)[slots] > 0
+            is_strange = np.isin(slots, list(self._strangers))
+            ms = np.where(is_strange & is_busy, np.maximum(ms, _STRANGER_MS), ms)
+        return ms
 
     def most_sequences(self, slots: Rows) -> Ints:
         """Seats of each worker; 0: unknown."""
@@ -222,21 +240,20 @@ class WorkerTimes:
         total_ms = self._prompt.milliseconds(self._prompt_rows[slots], columns.own_work[slots])
         return kernels.remaining(columns.ints, columns.own_work, columns.busy_since_s, slots, total_ms, now_s)
 
-    def _alike(self, kind: str) -> list[int]:
+    def _alike(self, kind: str) -> set[int]:
         """Slots of the workers of a kind."""
-        return [slot for slot, capacity in self._known.items() if capacity.kind == kind]
+        return {slot for slot, capacity in self._known.items() if capacity.kind == kind}
 
-    def _tell(self, kind: str, model: Predictor, rows: Ints, seen: Collection[int]) -> None:
+    def _tell(self, kind: str, model: Predictor, rows: Ints, seen: set[int]) -> None:
         """Workers of a kind that the model has not seen start from what was learned of the others.
 
         Else one that is only believed slow would get no work, and never show what it can.
         """
         alike = self._alike(kind)
-        typical = model.typical(rows[alike])
-        for slot in alike:
-            if slot not in seen:
-                model.remove(int(rows[slot]))
-                rows[slot] = model.add(typical)
+        typical = model.typical(rows[list(alike & seen)])
+        for slot in alike - seen:
+            model.remove(int(rows[slot]))
+            rows[slot] = model.add(typical)
 
     def _general(self, connector: str) -> int:
         row = self._connectors.get(connector)
@@ -325,7 +342,6 @@ class RequestTimes:
         return times._prompt.milliseconds(times._prompt_rows[self._slots], features)
 
 
-def _prior(model: Predictor, alike: Ints, fallback: Sequence[float]) -> Floats:
-    if len(alike) and (model.confidence(alike) > 0).any():
-        return model.typical(alike)
-    return np.array(fallback, np.float64)
+def _prior(model: Predictor, rows: Ints, alike: Collection[int], fallback: Sequence[float]) -> Floats:
+    """What is typical of those alike that were seen, by slot."""
+    return model.typical(rows[list(alike)]) if alike else np.array(fallback, np.float64)
