@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from omni_common.errors import FailedPrecondition
+from omni_common.errors import FailedPrecondition, InvalidRequest
 from omni_kvstore.migrate import migrate
+from omni_kvstore.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 There is room while some worker's predicted backlog ends within the look-ahead, and a decode worker has a seat. So
 engines' own queues stay as short as the look-ahead, and a request's turn, worker and company are decided as late as
 possible: at the predicted end of what the worker computes now. Prompts that together fill but a small part of a step
-need not wait for each other: engines compute them at once.
+need not wait for each other: engines compute them at once. A worker of a kind that nothing is known of gets one prompt,
+and more when the first is answered.
 """
 
 import math
