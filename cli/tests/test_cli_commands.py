@@ -88,6 +88,16 @@ def test_a_port_without_a_stack_is_said(tmp_path):
     assert "no stack on port 9 (known: p1)" in str(run("down", "--port", "9", "--home", str(tmp_path)).exception)
 
 
+def test_a_model_whose_files_cannot_be_read_is_named(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    arguments = ("up", "--engine", "sim", "--model", str(model), "--home", str(tmp_path / "home"))
+    assert "has no tokenizer.json" in str(run(*arguments).exception)
+    (model / "tokenizer.json").write_text("{}")
+    (model / "config.json").write_text("{bad")
+    assert "config.json is not JSON" in str(run(*arguments).exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -53,6 +53,13 @@ def test_default_stack_is_the_five_services_in_order():
         pytest.param({"kernels": "omni"}, "prefill-0", "OMNI_PREFILL_VLLM__KERNELS", "omni", id="kernels"),
         pytest.param({"max_model_len": 512}, "decode-0", "OMNI_DECODE_VLLM__MAX_MODEL_LEN", "512", id="length"),
         pytest.param(
+            {"max_model_len": 512, "engine": "sim"},
+            "decode-0",
+            "OMNI_DECODE_SIM__MAX_MODEL_LEN",
+            "512",
+            id="sim length",
+        ),
+        pytest.param(
             {"attention_pattern": Path("/p.json")},
             "prefill-0",
             "OMNI_PREFILL_VLLM__ATTENTION_PATTERN",
@@ -145,6 +152,8 @@ def test_no_port_is_planned_twice(prefill, decode, engine):
         pytest.param({"engine": "tpu"}, InvalidOptions, "vllm, sim", id="unknown engine"),
         pytest.param({"port": 0}, InvalidOptions, "65535", id="port"),
         pytest.param({"kernels": "omni", "engine": "sim"}, InvalidOptions, "no kernels", id="sim kernels"),
+        pytest.param({"kernels": "fast"}, InvalidOptions, "--kernels 'fast'", id="unknown kernels"),
+        pytest.param({"kv_cache_gib": 1.0, "engine": "sim"}, InvalidOptions, "counts blocks", id="sim kv cache"),
         pytest.param({"expert_ranks": 1}, InvalidOptions, "2 ranks", id="one expert rank"),
         pytest.param({"spare_experts": 4}, InvalidOptions, "--expert-ranks", id="spare slots without ranks"),
         pytest.param(
@@ -168,6 +177,11 @@ def test_sharing_and_tight_memory_are_said():
     notes = plan(Machine((0,), 10 * GIB)).notes
     assert any("share 1 core" in note for note in notes)
     assert any("9.0 GiB; 10.0 GiB are free" in note for note in notes)
+
+
+def test_simulated_engines_are_said():
+    assert any("made up" in note for note in plan(engine="sim").notes)
+    assert not any("made up" in note for note in plan().notes)
 
 
 def _parsed(text: str) -> list[int]:

@@ -164,7 +164,7 @@ async def test_service_that_cannot_start_is_named(environ, files, tmp_path, cons
 
 
 async def test_running_name_and_taken_port_are_refused(stack, files, tmp_path, environ, console):
-    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "tokenizer.json").write_text("{}")
     port = int(stack.url.rpartition(":")[2])
     base = {"directory": tmp_path, "model_dir": tmp_path, "engine": "sim", "port": port}
     with pytest.raises(StackExists, match="is running"):

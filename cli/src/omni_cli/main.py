@@ -72,9 +72,13 @@ def up(
     name: Annotated[str | None, typer.Option(help="Name of this stack.", show_default="p<port>")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when healthy; stop with omni down.")] = False,
     redis: Annotated[str | None, typer.Option(help="Redis URL.", show_default="an embedded server")] = None,
-    otlp: Annotated[str | None, typer.Option(help="OTLP gRPC endpoint for traces.")] = None,
-    kv_cache_gib: Annotated[float | None, typer.Option(min=0.01, help="KV cache of each engine, GiB.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt + answer, tokens.")] = None,
+    otlp: Annotated[str | None, typer.Option(help="OTLP gRPC endpoint for traces.", show_default="no traces")] = None,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(min=0.01, help="KV cache of each engine, GiB.", show_default="1")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt + answer, tokens.", show_default="the model's")
+    ] = None,
     expert_ranks: Annotated[
         int, typer.Option(min=0, help="Spread each engine's experts over so many ranks; placement evens their load.")
     ] = 0,

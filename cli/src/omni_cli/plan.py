@@ -172,6 +172,10 @@ def _check(options: StackOptions) -> None:
         raise InvalidOptions(f"--kernels {options.kernels!r}: a simulated engine runs no kernels")
     if options.speculative is not None:
         _check_speculative(options)
+    if options.kv_cache_gib is not None and options.engine != "vllm":
+        raise InvalidOptions(
+            "--kv-cache-gib: a simulated engine counts blocks instead (OMNI_DECODE_SIM__NUM_BLOCKS=4096)"
+        )
     if options.attention_pattern is not None and options.engine != "vllm":
         raise InvalidOptions("--attention-pattern: a simulated engine computes no attention")
     if options.spare_experts and not options.expert_ranks:
@@ -260,8 +264,8 @@ def _engine(
             values["VLLM__SPECULATIVE"] = options.speculative
         if options.attention_pattern is not None:
             values["VLLM__ATTENTION_PATTERN"] = str(options.attention_pattern)
-        if options.max_model_len is not None:
-            values["VLLM__MAX_MODEL_LEN"] = str(options.max_model_len)
+    if options.max_model_len is not None:
+        values[f"{options.engine.upper()}__MAX_MODEL_LEN"] = str(options.max_model_len)
     values |= _expert_parallel(options)
     environment = _shared(options, service, metrics) | {f"OMNI_{service.upper()}_{k}": v for k, v in values.items()}
     pinned = cores if options.engine == "vllm" else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import signal
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -83,11 +84,16 @@ async def bring_down(state: StackState, files: StateFiles, timeout_s: float) -> 
 
 
 def require_model(options: StackOptions) -> None:
-    """Raises InvalidOptions unless the folder holds a tokenizer and, for vLLM, a config."""
+    """Raises InvalidOptions unless the folder holds a tokenizer and, for vLLM, a config, in JSON."""
     needed = ["tokenizer.json"] + (["config.json"] if options.engine == "vllm" else [])
     missing = [name for name in needed if not (options.model_dir / name).is_file()]
     if missing:
         raise InvalidOptions(f"{options.model_dir} has no {', '.join(missing)}; pass a model folder with --model")
+    for path in (options.model_dir / "tokenizer.json", options.model_dir / "config.json"):
+        try:
+            json.loads(path.read_bytes() if path.is_file() else "{}")
+        except ValueError as error:
+            raise InvalidOptions(f"{path} is not JSON: {error}") from None
 
 
 def show_tail(path: Path, console: Console) -> None:

@@ -147,6 +147,7 @@ def test_who_waits_for_a_message_leaves_the_core_soon(tmp_path: Path, monkeypatc
     install("short_spin")
     context = zmq.Context()
     try:
-        assert SpinCondition(True, context, f"ipc://{tmp_path}/told").busy_loop_s < 0.01
+        reader = SpinCondition(True, context, f"ipc://{tmp_path}/told")
+        assert reader.busy_loop_s < 0.01
     finally:
         context.destroy(linger=0)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -41,8 +42,9 @@ NOISE = 0.2
 def engine(request: pytest.FixtureRequest) -> Iterator[EngineProcess]:
     """Every expert lies on both ranks at first."""
     parallel: dict[str, Any] = {request.param: RANKS, "expert_parallel": True, "redundant_experts": EXPERTS}
+    first, second = sorted(os.sched_getaffinity(0))[:2]
     settings = VllmSettings(
-        cores="2|3", kv_cache_gib=0.1, max_model_len=1024, kv_connector="", kv_events=False, **parallel
+        cores=f"{first}|{second}", kv_cache_gib=0.1, max_model_len=1024, kv_connector="", kv_events=False, **parallel
     )
     process = EngineProcess(settings, MODEL_DIR, "both")
     with started(process):

@@ -5,7 +5,7 @@ Written by the membership and the links on the event loop, read by the scheduler
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -313,6 +313,10 @@ class Fleet:
     def deciding_slots(self) -> Rows:
         """Of decode workers that take work."""
         return self._takers().deciding
+
+    def usable_block_sizes(self) -> Iterable[int]:
+        """Of the workers that take work, each once."""
+        return self._takers().by_block_size
 
     def usable_ids(self) -> tuple[str, ...]:
         """In the order of `usable_slots`."""

@@ -40,6 +40,11 @@ class Foresight:
             self._keys[block_size] = self._all_keys.of(self._prompt, block_size)
         return self._keys[block_size]
 
+    def prepare(self) -> None:
+        """Compute what a look needs of the prompt alone."""
+        for block_size in self._fleet.usable_block_sizes():
+            self.keys(block_size)
+
     def view(self, output_tokens: int, generated: int = 0, *, afresh: bool = True) -> FleetView:
         """The fleet as of now; its caches as of the last look unless they are to be looked at `afresh`.
 

@@ -100,6 +100,7 @@ class SequenceRun:
         if gate is None:
             return None
         prompt_tokens = len(job.prompt)
+        course.foresight.prepare()
         await give_way()
         view = course.foresight.view(course.output_tokens)
         uncached, prefill_ms = least_work(view, prompt_tokens)
