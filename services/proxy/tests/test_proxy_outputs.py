@@ -78,6 +78,16 @@ def test_an_output_is_read_alike_however_it_is_cut(name, output, reasoning, cont
     assert all(call.arguments == ARGUMENTS for call in found.calls)
 
 
+@pytest.mark.parametrize(("name", "output"), [("pangu", f"Wait.{PANGU} So."), ("deepseek", f"Wait.{DEEPSEEK_V31} So.")])
+@pytest.mark.parametrize("cuts", [[], list(range(0, 400, 7))])
+def test_one_call_at_a_time_keeps_the_first(name, output, cuts):
+    whole = read(output, Reading(FORMATS[name], with_calls=True), cuts)
+    found = read(output, Reading(FORMATS[name], with_calls=True, max_calls=1), cuts)
+    assert [call.name for call in whole.calls] == ["look", "go"]
+    assert [call.name for call in found.calls] == ["look"]
+    assert found.content == whole.content
+
+
 def test_without_tools_in_the_request_calls_are_text():
     found = read(f"[unused16]So.[unused17]{PANGU}", Reading(FORMATS["pangu"], with_calls=False), [7, 20])
     assert (found.reasoning, found.content, found.calls) == ("So.", PANGU, [])

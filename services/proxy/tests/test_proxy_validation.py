@@ -66,6 +66,14 @@ CHAT_CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
     ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
     ({"stream": "yes"}, 400, "stream"),
+    ({"functions": [{"name": "f"}]}, 400, "functions"),
+    ({"function_call": "auto"}, 400, "function_call"),
+    ({"modalities": ["text", "audio"]}, 400, "modalities"),
+    ({"audio": {"voice": "a"}}, 400, "audio"),
+    ({"parallel_tool_calls": "no"}, 400, "parallel_tool_calls"),
+    ({"cache_salt": ""}, 400, "cache_salt"),
+    ({"cache_salt": 7}, 400, "cache_salt"),
+    ({"cache_salt": "x" * 257}, 400, "cache_salt"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage"),
     ({"tool_choice": "required"}, 400, "tool_choice"),
@@ -182,6 +190,27 @@ async def test_accepted_requests_reach_the_engine_as_asked(start):
     sampling = stack["d"].submits[0].sampling
     assert (sampling.top_k, sampling.top_p, sampling.temperature, sampling.min_tokens) == (0, 0.9, 0.0, 2)
     assert (list(sampling.stop_token_ids), dict(sampling.logit_bias), sampling.ignore_eos) == ([9], {5: -100.0}, True)
+
+
+async def test_a_salt_reaches_both_legs_and_the_keys(start):
+    stack = await start("p d")
+    for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": "a"}):
+        answer = await stack.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 4} | salt)
+        assert answer.status_code == 200
+    legs = stack["p"].prefills
+    assert [leg.cache_salt for leg in legs] == ["", "a", "b", "a"]
+    assert [submit.cache_salt for submit in stack["d"].submits] == ["", "a", "b", "a"]
+    none, a, b, again = (leg.block_keys for leg in legs)
+    assert a == again
+    assert len({none, a, b}) == 3
+    known = [leg.uncached_tokens for leg in legs]
+    assert known[:3] == [known[0]] * 3, "nobody's blocks are promised to another salt"
+    assert known[3] < known[0]
+    pages = [
+        await stack.client.post("/kv/prefix", json={"messages": CHAT["messages"]} | s)
+        for s in ({}, {"cache_salt": "c"})
+    ]
+    assert [max(sum(reached) for reached in page.json()["members"].values()) > 0 for page in pages] == [True, False]
 
 
 @pytest.mark.parametrize(("source", "expected"), [("model", (0.7, 20)), ("none", (1.0, 0))])

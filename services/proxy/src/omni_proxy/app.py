@@ -99,7 +99,8 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
         api = _api(settings, text, fleet, metrics, admission, tracer, steering)
         saturation = Saturation(fleet, lambda: live.value.slo.slo, lambda: steering.gate.waiting_ms)
         registry.register(SaturationCollector(saturation))
-        pages = StatusPages(fleet, admission, metrics, kvstore, settings.model, api.scheduler.explanations, saturation)
+        explanations = api.scheduler.explanations
+        pages = StatusPages(fleet, admission, metrics, kvstore, settings.model, explanations, saturation, statics)
         kv = KvPages(fleet, api.scheduler.keys, text, api.served, api.limits)
         config = ConfigPage(live, settings.scheduler_config)
         watched = [source for source in (kvstore, steering.watcher, *statics) if source is not None]

@@ -37,7 +37,8 @@ class Course:
         self.job = job
         self.trace = trace
         self.now = asyncio.get_running_loop().time
-        self.foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, scheduler.metrics.prefix, self.now)
+        metrics = scheduler.metrics.prefix
+        self.foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, metrics, self.now, job.cache_salt)
         self.output_tokens = scheduler.lengths.expect(job.sampling.max_tokens)
         self.has_fresh_look = False
         """The caches were just looked at."""

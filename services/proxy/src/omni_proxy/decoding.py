@@ -200,6 +200,7 @@ class Decoding:
             deadline_ms=max(1, int(course.left_s() * 1000)),
             uncached_tokens=0 if handle else foresight.uncached_tokens(worker, generated),
             predicted_ms=self.predicted_ms,
+            cache_salt=course.job.cache_salt,
         )
         try:
             feed = decode.submit(submission)

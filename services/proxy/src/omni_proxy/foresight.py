@@ -24,8 +24,10 @@ class Foresight:
         fleet: Fleet,
         metrics: PrefixMetrics,
         now: Callable[[], float],
+        salt: str = "",
     ) -> None:
         self._prompt = prompt
+        self._salt = salt
         self._all_keys = keys
         self._fleet = fleet
         self._metrics = metrics
@@ -37,7 +39,7 @@ class Foresight:
 
     def keys(self, block_size: int) -> bytes:
         if block_size not in self._keys:
-            self._keys[block_size] = self._all_keys.of(self._prompt, block_size)
+            self._keys[block_size] = self._all_keys.of(self._prompt, block_size, self._salt)
         return self._keys[block_size]
 
     def prepare(self) -> None:

@@ -186,7 +186,7 @@ class Generation:
             # Wraps within int64, so that the largest seed has choices too.
             seed = (seed + index % self._n + 2**63) % 2**64 - 2**63
         sampling = replace(options.sampling, max_tokens=max_tokens, seed=seed)
-        job = SequenceJob(sequence_id, prompt, sampling, self.deadline, self.caller, self._arrived)
+        job = SequenceJob(sequence_id, prompt, sampling, self.deadline, self.caller, self._arrived, options.cache_salt)
         run = SequenceRun(scheduler, job, self._trace)
         detokenizer = text.detokenizer(skip_special_tokens=options.skip_special_tokens, show_marks=self._show_marks)
         return Choice(index, run, detokenizer, options.rules)

@@ -64,7 +64,7 @@ class Api:
         rows = None
         if chat.options.sampling.logprobs is not None:
             rows = lambda found, _: chat_logprobs(found, self.text.token_text)  # noqa: E731
-        reading = Reading(self.text.format, chat.reads_calls, chat.shows_reasoning)
+        reading = Reading(self.text.format, chat.reads_calls, chat.shows_reasoning, chat.max_calls)
         form = Form(ChatEvents, ChatEvents.object_name, chat_answer, rows, reading if reading.is_needed else None)
 
         async def prompts() -> list[Sequence[int]]:
@@ -204,7 +204,7 @@ class Front(FastAPI):
     """
 
     def __init__(self, posts: Mapping[str, Handler], refusal: Callable[[Request, OmniError], Response]) -> None:
-        super().__init__(title="Omni", version=__version__, redirect_slashes=False)
+        super().__init__(title="Omni", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
         self._posts = posts
         self._refusal = refusal
         for path, handler in posts.items():

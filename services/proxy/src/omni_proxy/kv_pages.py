@@ -60,7 +60,7 @@ class KvPages:
         asked = parse_prefix(parse_json(await read_body(request, self.limits)), self.served)
         tokens = await self._tokens(asked)
         size = asked.block_size or self._block_size()
-        keys, replica = self.keys.of(tokens, size), self.fleet.replica
+        keys, replica = self.keys.of(tokens, size, asked.cache_salt), self.fleet.replica
         prefixes = replica.index.lookup(keys)
         return _json(
             {

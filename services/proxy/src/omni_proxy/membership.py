@@ -12,6 +12,7 @@ from omni.engine.v1 import worker_service_pb2 as worker_pb
 from omni.engine.v1 import worker_service_pb2_grpc
 from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.kvstore.v1 import kvstore_service_pb2_grpc
+from omni_common.rpc_errors import from_rpc_error
 from omni_proxy.backoff import Backoff
 from omni_proxy.replica import Replica
 from omni_proxy.roster import Roster
@@ -125,14 +126,17 @@ class StaticMembership:
     """A worker known by address: described until it answers, and again in a while, in case it restarted."""
 
     def __init__(self, address: str, connect: Connect, roster: Roster, timeout_s: float) -> None:
-        self._address = address
+        self.address = address
+        self.is_met = False
+        """Once it is, the fleet knows how the worker fares."""
+        self.error = "no answer yet"
         self._connect = connect
         self._roster = roster
         self._timeout_s = timeout_s
 
     async def run(self) -> None:
         backoff = Backoff()
-        async with self._connect(self._address) as channel:
+        async with self._connect(self.address) as channel:
             stub: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)  # type: ignore[no-untyped-call]
             while True:
                 try:
@@ -140,14 +144,17 @@ class StaticMembership:
                 except grpc.aio.AioRpcError as error:
                     if backoff.is_first:
                         message = "worker does not describe itself yet"
-                        log.warning(message, extra={"address": self._address, "code": error.code().name})
+                        log.warning(message, extra={"address": self.address, "code": error.code().name})
+                    self.error = from_rpc_error(error).message
                     await backoff.wait()
                     continue
                 backoff.reset()
                 if is_pool(answer.info):
-                    log.error("a pool of blocks is not a worker; ignored", extra={"address": self._address})
+                    self.error = "a pool of blocks is not a worker"
+                    log.error("a pool of blocks is not a worker; ignored", extra={"address": self.address})
                     return
                 # The address in the settings is the one that is known to work from here.
-                answer.info.address = self._address
+                answer.info.address = self.address
                 self._roster.join(worker_from_wire(answer.info))
+                self.is_met = True
                 await asyncio.sleep(self._timeout_s)

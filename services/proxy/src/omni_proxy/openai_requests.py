@@ -17,9 +17,10 @@ _MAX_STOPS = 16
 _MAX_N = 16
 _MAX_LOGPROBS = 20
 _COMPLETION_TOKENS = 16
+_MAX_SALT = 256
 _UNSUPPORTED = (
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "prompt_logprobs",
-    "use_beam_search",
+    "functions", "function_call", "audio", "web_search_options", "guided_json", "guided_regex", "guided_choice",
+    "guided_grammar", "structured_outputs", "prompt_logprobs", "use_beam_search",
 )  # fmt: skip
 
 
@@ -36,7 +37,10 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What chat and completions share. `max_tokens` None fills the model's length."""
+    """What chat and completions share. `max_tokens` None fills the model's length.
+
+    Prompts share cached blocks only with those of the same `cache_salt`.
+    """
 
     model: str
     n: int
@@ -47,6 +51,7 @@ class Options:
     rules: TextRules
     sampling: Sampling
     max_tokens: int | None
+    cache_salt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class ChatRequest:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
     reads_calls: bool
+    max_calls: int | None
     shows_reasoning: bool
     template: Mapping[str, Any]
 
@@ -94,6 +100,7 @@ def parse_chat(fields: Fields, served: Served) -> ChatRequest:
         messages=chat_messages(fields),
         tools=tools,
         reads_calls=bool(tools) and choice != "none",
+        max_calls=None if fields.boolean("parallel_tool_calls", True) else 1,
         shows_reasoning=fields.boolean("include_reasoning", True),
         template=template_variables(fields),
     )
@@ -149,7 +156,16 @@ def _options(fields: Fields, served: Served, num_prompts: int, max_tokens: int |
         rules=TextRules(_stops(fields), include_stop, sampling.min_tokens),
         sampling=sampling,
         max_tokens=max_tokens,
+        cache_salt=cache_salt(fields),
     )
+
+
+def cache_salt(fields: Fields) -> str:
+    """Empty where the prompt's blocks may be shared with everybody's."""
+    salt = fields.text("cache_salt")
+    if salt is not None and not 0 < len(salt) <= _MAX_SALT:
+        raise fields.refuse("cache_salt", f"must have 1 to {_MAX_SALT} characters")
+    return salt or ""
 
 
 def _sampling(fields: Fields, served: Served, logprobs: int | None) -> Sampling:
@@ -271,6 +287,8 @@ def template_variables(fields: Fields) -> Mapping[str, Any]:
 def _refuse_unsupported(fields: Fields) -> None:
     if (form := fields.nested("response_format")) is not None and form.text("type") != "text":
         raise form.refuse("type", "only 'text' is supported", "unsupported_value")
+    if fields.raw("modalities") not in (None, ["text"]):
+        raise fields.refuse("modalities", "only ['text'] is supported", "unsupported_value")
     for name in _UNSUPPORTED:
         if fields.raw(name) not in (None, False):
             raise fields.refuse(name, "is not supported", "unsupported_parameter")

@@ -28,11 +28,15 @@ class Parts:
 
 @dataclass(slots=True)
 class Reading:
-    """How the outputs of one request are read. `begins_inside`: the prompt has opened the reasoning already."""
+    """How the outputs of one request are read. `begins_inside`: the prompt has opened the reasoning already.
+
+    Calls after the first `max_calls` are left out.
+    """
 
     format: OutputFormat
     with_calls: bool
     shows_reasoning: bool = True
+    max_calls: int | None = None
     begins_inside: bool = False
 
     def saw_prompt(self, rendered: str) -> None:
@@ -59,6 +63,7 @@ class OutputParser:
         self._format = reading.format
         self._shows_reasoning = reading.shows_reasoning
         self._calls = reading.format.calls if reading.with_calls else None
+        self._calls_left = reading.max_calls
         self._finder: MarkFinder | None = None
         self._block: list[str] = []
         self._space: str | None = None
@@ -142,8 +147,10 @@ class OutputParser:
         if found is None:
             parts.content += self._shown(f"{self._calls.open}{body}{self._calls.close}")
             return
-        calls = [ToolCall(f"call_{secrets.token_hex(12)}", name, arguments) for name, arguments in found]
-        parts.calls += calls
+        shown = found[: self._calls_left]
+        if self._calls_left is not None:
+            self._calls_left -= len(shown)
+        parts.calls += [ToolCall(f"call_{secrets.token_hex(12)}", name, arguments) for name, arguments in shown]
         self._space = ""
 
     def _shown(self, text: str) -> str:

@@ -62,6 +62,7 @@ class PrefillOrder:
     block_keys: bytes
     proxy_id: str = ""
     uncached_tokens: int | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class Submission:
     deadline_ms: int
     uncached_tokens: int | None = None
     predicted_ms: float = 0.0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,7 @@ class Prefilling:
             self._course.foresight.keys(worker.block_size),
             self._course.scheduler.proxy_id,
             self._course.foresight.uncached_tokens(worker),
+            self._course.job.cache_salt,
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from omni_proxy.chat_messages import chat_messages, tool_definitions
 from omni_proxy.fields import Fields
-from omni_proxy.openai_requests import Served, check_model, template_variables, token_ids
+from omni_proxy.openai_requests import Served, cache_salt, check_model, template_variables, token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +45,20 @@ class PrefixRequest:
     template: Mapping[str, Any]
     add_special_tokens: bool
     block_size: int | None
+    cache_salt: str
 
 
 def parse_prefix(fields: Fields, served: Served) -> PrefixRequest:
     """Token ids, or what `parse_tokenize` takes."""
-    block_size = fields.integer("block_size", 1)
+    block_size, salt = fields.integer("block_size", 1), cache_salt(fields)
     given = fields.raw("prompt")
     if isinstance(given, list) and fields.raw("messages") is None:
         check_model(fields, served, required=False)
-        return PrefixRequest(token_ids(fields, "prompt", given, served.vocab_size), (), (), {}, False, block_size)
+        tokens = token_ids(fields, "prompt", given, served.vocab_size)
+        return PrefixRequest(tokens, (), (), {}, False, block_size, salt)
     asked = parse_tokenize(fields, served)
     return PrefixRequest(
-        asked.prompt, asked.messages, asked.tools, asked.template, asked.add_special_tokens, block_size
+        asked.prompt, asked.messages, asked.tools, asked.template, asked.add_special_tokens, block_size, salt
     )
 
 

@@ -68,7 +68,7 @@ class Scheduler:
 
 @dataclass(frozen=True, slots=True)
 class SequenceJob:
-    """`deadline` and `arrived` are on the event loop's clock, in seconds."""
+    """`deadline` and `arrived` are on the event loop's clock, in seconds. Blocks are shared within one `cache_salt`."""
 
     request_id: str
     prompt: Sequence[int]
@@ -76,6 +76,7 @@ class SequenceJob:
     deadline: float
     caller: Caller = NOBODY
     arrived: float = 0.0
+    cache_salt: str = ""
 
 
 @dataclass(slots=True)

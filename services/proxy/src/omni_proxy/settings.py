@@ -1,14 +1,17 @@
 """Settings of the proxy: `OMNI_PROXY_<FIELD>`."""
 
+import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from omni_common.settings import ServiceSettings
 from omni_proxy.health import HealthSettings
 from omni_proxy.hedging import HedgingSettings
 from omni_proxy.scheduling.policies import policies
+
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 class Settings(ServiceSettings):
@@ -29,7 +32,9 @@ class Settings(ServiceSettings):
     kvstore: tuple[str, ...] = Field(
         (), description="host:port of the kvstore whose members are used; several, with commas, are tried in turn"
     )
-    workers: tuple[str, ...] = Field((), description="host:port of workers that are always members")
+    workers: tuple[str, ...] = Field(
+        (), validate_default=True, description="host:port of workers that are always members; several, with commas"
+    )
 
     scheduler_config: Path | None = Field(
         None, description="YAML file of policy, queue, tenants, ...; read again when it changes"
@@ -64,12 +69,28 @@ class Settings(ServiceSettings):
     max_sequences_per_request: int = Field(128, ge=1, description="prompts x n of one request")
     stats_interval_ms: int = Field(50, ge=1)
 
-    @field_validator("kvstore", mode="before")
+    @field_validator("kvstore", "workers", mode="before")
     @classmethod
-    def _addresses(cls, value: object) -> object:
+    def _separate(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return () if value is None else value
+
+    @field_validator("kvstore", "workers")
+    @classmethod
+    def _addresses(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for address in given:
+            found = _ADDRESS.fullmatch(address)
+            if found is None or not 1 <= int(found[1]) <= 65535:
+                raise ValueError(f"{address!r} is no address: write host:port, or [IPv6]:port")
+        return given
+
+    @field_validator("workers")
+    @classmethod
+    def _finds_workers(cls, given: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not given and info.data.get("kvstore") == ():
+            raise ValueError("no worker could ever be found: set OMNI_PROXY_KVSTORE or OMNI_PROXY_WORKERS")
+        return given
 
     @field_validator("policy")
     @classmethod

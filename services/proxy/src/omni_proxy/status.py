@@ -12,7 +12,7 @@ from omni_proxy.admission import Admission
 from omni_proxy.bodies import query_limit
 from omni_proxy.explain import Explanations
 from omni_proxy.fleet import Fleet, Member, Role
-from omni_proxy.membership import KvStoreMembership
+from omni_proxy.membership import KvStoreMembership, StaticMembership
 from omni_proxy.metrics import Metrics
 from omni_proxy.saturation import Saturation
 
@@ -28,6 +28,7 @@ class StatusPages:
     model: str
     explanations: Explanations
     load: Saturation
+    statics: Sequence[StaticMembership] = ()
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})
@@ -38,7 +39,10 @@ class StatusPages:
         parts: dict[str, object] = {
             "proxy": "draining" if self.admission.is_draining else "ok",
             "kvstore": self._kvstore(),
-            "workers": {m.worker.id: self._refusal(m) or "ok" for m in self.fleet.members},
+            "workers": {
+                **{m.worker.id: self._refusal(m) or "ok" for m in self.fleet.members},
+                **{static.address: "unreachable" for static in self._unmet()},
+            },
         }
         if not self.fleet.can_decode:
             parts["decode"] = "no decode worker takes work"
@@ -60,7 +64,14 @@ class StatusPages:
         return Response(encode(self.metrics_of.registry), headers={"content-type": content_type})
 
     async def workers(self, request: Request) -> Response:
-        return _json({"model": self.model, "kvstore": self._kvstore(), "workers": self._workers(self.fleet.members)})
+        return _json(
+            {
+                "model": self.model,
+                "kvstore": self._kvstore(),
+                "workers": self._workers(self.fleet.members),
+                "unreachable": [{"address": static.address, "error": static.error} for static in self._unmet()],
+            }
+        )
 
     async def saturation(self, request: Request) -> Response:
         """How full each role is, for autoscalers."""
@@ -93,6 +104,9 @@ class StatusPages:
             }
             for m in members
         ]
+
+    def _unmet(self) -> Sequence[StaticMembership]:
+        return [static for static in self.statics if not static.is_met]
 
     def _refusal(self, member: Member) -> str | None:
         if member.worker.model != self.model:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from omni_common.errors import InvalidRequest, OmniError, ResourceExhausted, Unauthenticated
 from omni_proxy.flow.metrics import FlowMetrics
@@ -22,7 +22,10 @@ from omni_proxy.scheduling.request import Caller, Slo
 ANY = "*"
 """The tenant whose limits hold, each for itself, for names that are not configured."""
 _NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _SESSION = re.compile(r"[\x21-\x7e]{1,128}")
+KEYS_ELSEWHERE = "keys_elsewhere"
+"""In a validation's context: variables of keys may be missing, as the proxy runs on another machine."""
 _MAX_PRIORITY = 100
 _MAX_SLO_MS = 3_600_000.0
 _MAX_UNKNOWN = 1024
@@ -40,17 +43,29 @@ class ApiKey(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="Hex digest of the key")
+    sha256: str | None = Field(default=None, description="Hex digest of the key")
     key_env: str | None = Field(default=None, min_length=1, description="Name of an environment variable")
     key: SecretStr | None = Field(default=None, min_length=1)
 
+    @field_validator("sha256")
+    @classmethod
+    def _is_digest(cls, given: str | None) -> str | None:
+        if given is not None and not _DIGEST.fullmatch(given):
+            raise ValueError("must be 64 hexadecimal digits")
+        return given
+
     @model_validator(mode="after")
-    def _one_way(self) -> Self:
+    def _one_way(self, info: ValidationInfo) -> Self:
         if sum(way is not None for way in (self.sha256, self.key_env, self.key)) != 1:
             raise ValueError("give one of sha256, key_env and key")
-        if self.key_env is not None and not os.environ.get(self.key_env):
+        if not self.is_set and not (info.context or {}).get(KEYS_ELSEWHERE):
             raise ValueError(f"the environment variable {self.key_env} is not set")
         return self
+
+    @property
+    def is_set(self) -> bool:
+        """False: its variable is missing here."""
+        return self.key_env is None or bool(os.environ.get(self.key_env))
 
     @property
     def digest(self) -> bytes:

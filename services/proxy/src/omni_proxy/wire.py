@@ -70,6 +70,7 @@ def prefill_to_wire(order: PrefillOrder) -> prefill_pb.PrefillRequest:
         block_keys=order.block_keys,
         proxy_id=order.proxy_id,
         uncached_tokens=order.uncached_tokens,
+        cache_salt=order.cache_salt,
     )
 
 
@@ -97,6 +98,7 @@ def submit_to_wire(stream_id: int, submission: Submission) -> decode_pb.Submit:
         traceparent=submission.traceparent,
         deadline_ms=submission.deadline_ms,
         uncached_tokens=submission.uncached_tokens,
+        cache_salt=submission.cache_salt,
     )
 
 
