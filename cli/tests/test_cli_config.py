@@ -13,6 +13,7 @@ from omni_cli.config_commands import InvalidConfig
 from omni_cli.main import app
 
 KEY = "sk-of-the-test"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "scheduler.example.yaml"
 
 
 def test_a_valid_file_is_printed_as_it_would_hold(tmp_path: Path):
@@ -34,6 +35,14 @@ def test_mistakes_are_named(tmp_path: Path, content: str | None, message: str):
         file.write_text(content)
     failed = CliRunner().invoke(app, ["config", "check", str(file)]).exception
     assert isinstance(failed, InvalidConfig) and message in str(failed) and "Traceback" not in str(failed)
+
+
+def test_the_example_of_the_docs_is_valid_where_its_key_is_not_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("GOLD_API_KEY", raising=False)
+    result = CliRunner().invoke(app, ["config", "check", str(EXAMPLE)])
+    assert result.exit_code == 0 and json.loads(result.stdout)["effective"]["tenants"][0]["name"] == "gold"
+    assert "note: GOLD_API_KEY" in result.stderr
+    assert CliRunner().invoke(app, ["config", "check", "-q", str(EXAMPLE)]).output == ""
 
 
 @pytest.fixture

@@ -35,7 +35,10 @@ def check(
     file: Annotated[Path, typer.Argument(help="A file for OMNI_PROXY_SCHEDULER_CONFIG.", show_default=False)],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code, and mistakes.")] = False,
 ) -> None:
-    """Check a file as the proxy would, and print the values that would hold, defaults too. Keys are not shown."""
+    """Check a file as the proxy would, and print the values that would hold, defaults too. Keys are not shown.
+
+    Environment variables that hold keys may be missing here: each is noted, and must be set where the proxy runs.
+    """
     # The command line imports no service; the proxy's own module says what is valid.
     done = subprocess.run([sys.executable, "-m", CHECKER, str(file)], capture_output=True, text=True, check=False)
     if "No module named" in done.stderr:
@@ -43,6 +46,7 @@ def check(
     if done.returncode:
         raise InvalidConfig(done.stderr.strip())
     if not quiet:
+        print(done.stderr, end="", file=sys.stderr)
         print(done.stdout, end="")
 
 

@@ -236,7 +236,7 @@ async def test_wrong_questions_are_refused(start, method, path, body, param):
 
 
 async def test_the_block_size_is_asked_for_where_it_is_not_clear(start):
-    stack = await start("")
+    stack = await start("", {"workers": ("127.0.0.1:1",)})
     response = await stack.client.post("/kv/prefix", json={"prompt": "a"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "block_size")
     page = (await stack.client.post("/kv/prefix", json={"prompt": [1, 2, 3], "block_size": 1})).json()

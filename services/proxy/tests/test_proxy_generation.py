@@ -400,6 +400,15 @@ async def test_status_pages(start):
     assert (await get("/nowhere")).json()["error"]["type"] == "not_found"
 
 
+async def test_no_page_needs_another_network(start):
+    stack = await start("d")
+    for path in ("/docs", "/redoc"):
+        assert (await stack.client.get(path)).status_code == 404
+    assert {"/v1/chat/completions", "/v1/models", "/ready"} <= set(
+        (await stack.client.get("/openapi.json")).json()["paths"]
+    )
+
+
 async def test_tokenize_and_detokenize(start):
     stack = await start("d")
     tokens = (await stack.client.post("/tokenize", json={"prompt": "The fox 🙂"})).json()

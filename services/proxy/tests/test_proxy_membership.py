@@ -1,6 +1,7 @@
 """Workers learnt from a kvstore, and what stays when it goes."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -127,3 +128,43 @@ async def test_workers_of_another_model_are_not_used(start, kvstore):
     assert response.status_code == 503
     assert response.json()["parts"]["workers"] == {"d1": "serves other"}
     assert others["d1"].role == engine_pb2.ROLE_DECODE
+
+
+async def test_a_static_worker_that_never_answers_is_shown_with_its_address(start):
+    others = await start("d1")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        stack = await start("", {"workers": (others["d1"].address, address)})
+        async with asyncio.timeout(10):
+            while True:
+                ready = (await stack.client.get("/ready")).json()
+                if ready["ready"] and "no answer yet" not in ready["parts"]["workers"][address]:
+                    break
+        workers = ready["parts"]["workers"]
+        assert set(workers) == {"d1", address}
+        assert workers["d1"] == "ok" and workers[address].startswith("unreachable: ")
+        page = (await stack.client.get("/workers")).json()
+        assert [w["id"] for w in page["workers"]] == ["d1"]
+        assert page["unreachable"] == [{"address": address, "state": workers[address]}]
+
+
+async def test_a_static_worker_that_loads_says_so_until_it_is_a_member(start):
+    others = await start("d1")
+    worker = others["d1"]
+    worker.is_loading = True
+    stack = await start("", {"workers": (worker.address,), "connect_timeout_s": 0.5})
+    async with asyncio.timeout(10):
+        while "the engine is not ready" not in (await _workers_of(stack)).values():
+            continue
+        assert set(await _workers_of(stack)) == {worker.address}
+        worker.is_loading = False
+        while await _workers_of(stack) != {"d1": "ok"}:
+            continue
+    assert (await stack.client.get("/workers")).json()["unreachable"] == []
+
+
+async def _workers_of(stack: Any) -> dict[str, str]:
+    parts: dict[str, Any] = (await stack.client.get("/ready")).json()["parts"]
+    states: dict[str, str] = parts["workers"]
+    return states

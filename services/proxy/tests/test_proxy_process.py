@@ -9,6 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from omni_common.errors import InvalidRequest
+from omni_proxy.__main__ import main
+from omni_proxy.settings import Settings
+
 
 async def launch(**settings: str) -> asyncio.subprocess.Process:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("OMNI_")}
@@ -54,7 +58,7 @@ async def test_sigterm_finishes_streams_and_refuses_new_ones(start, model_dir):
 
 
 async def test_who_connected_before_the_end_is_answered(model_dir):
-    process = await launch(model_dir=str(model_dir), port="0")
+    process = await launch(model_dir=str(model_dir), workers="127.0.0.1:1", port="0")
     try:
         async with asyncio.timeout(30):
             port = (await line_with(process, "serving"))["port"]
@@ -74,12 +78,50 @@ async def test_who_connected_before_the_end_is_answered(model_dir):
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
-    [({"model_dir": "/nowhere"}, "tokenizer.json"), ({}, "model_dir"), ({"polcy": "x"}, "OMNI_PROXY_POLICY")],
+    ("settings", "code", "named"),
+    [
+        ({"model_dir": "/nowhere", "workers": "w:1"}, 1, "tokenizer.json"),
+        ({}, 2, "OMNI_PROXY_MODEL_DIR"),
+        ({"polcy": "x"}, 2, "OMNI_PROXY_POLICY"),
+        ({"model_dir": "/nowhere"}, 2, "set OMNI_PROXY_KVSTORE or OMNI_PROXY_WORKERS"),
+    ],
 )
-async def test_wrong_settings_are_named(settings, named):
+async def test_wrong_settings_are_named(settings, code, named):
     process = await launch(**settings)
     async with asyncio.timeout(30):
         _, errors = await process.communicate()
-    assert process.returncode == 1
-    assert named in errors.decode()
+    assert process.returncode == code
+    assert named in errors.decode() and "Traceback" not in errors.decode()
+
+
+def test_help_lists_the_settings_without_any_being_set(monkeypatch, capsys):
+    monkeypatch.delenv("OMNI_PROXY_MODEL_DIR", raising=False)
+    monkeypatch.setattr("sys.argv", ["omni-proxy", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "OMNI_PROXY_PORT=8000" in shown and "OMNI_PROXY_MODEL_DIR (required)" in shown
+
+
+@pytest.mark.parametrize("setting", ["KVSTORE", "WORKERS"])
+@pytest.mark.parametrize("address", ["kv", "kv:", ":9001", "http://kv:9001", "kv:0", "kv:70000", "::1:9001", "a:1,kv"])
+def test_an_address_without_host_or_port_is_refused_by_name(tmp_path, setting, address):
+    environ = {"OMNI_PROXY_MODEL_DIR": str(tmp_path), f"OMNI_PROXY_{setting}": address}
+    with pytest.raises(InvalidRequest, match=f"OMNI_PROXY_{setting}.*host:port"):
+        Settings.load(environ)
+
+
+@pytest.mark.parametrize(
+    ("given", "addresses"),
+    [
+        ("kv-0.kv:9001", ("kv-0.kv:9001",)),
+        ("a:1, 10.0.0.2:2", ("a:1", "10.0.0.2:2")),
+        ("[a:1, b:2]", ("a:1", "b:2")),
+        ("[::1]:9001,[fe80::1%eth0]:9002", ("[::1]:9001", "[fe80::1%eth0]:9002")),
+        ("['[::1]:9001']", ("[::1]:9001",)),
+    ],
+)
+def test_addresses_are_names_ipv4_or_ipv6_in_brackets(tmp_path, given, addresses):
+    environ = {"OMNI_PROXY_MODEL_DIR": str(tmp_path), "OMNI_PROXY_WORKERS": given}
+    assert Settings.load(environ).workers == addresses

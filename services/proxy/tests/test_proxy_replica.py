@@ -506,5 +506,5 @@ async def test_what_cannot_be_is_left_behind_by_a_snapshot(start, serve_kvstore)
     ],
 )
 def test_the_setting_names_one_kvstore_or_several(tmp_path, given, addresses):
-    environ = {"OMNI_PROXY_MODEL_DIR": str(tmp_path), "OMNI_PROXY_KVSTORE": given}
+    environ = {"OMNI_PROXY_MODEL_DIR": str(tmp_path), "OMNI_PROXY_KVSTORE": given, "OMNI_PROXY_WORKERS": "w:1"}
     assert Settings.load(environ).kvstore == addresses

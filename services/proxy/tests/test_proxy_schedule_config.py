@@ -41,10 +41,17 @@ def load(tmp_path: Path, content: Any) -> ScheduleConfig:
         ({"flow": {"bands": [{"priority": 0, "name": "a"}, {"priority": 0, "name": "b"}]}}, "flow: bands: two"),
         ({"slo": {"ttft": 100}}, "slo.ttft: unknown 'ttft'; did you mean 'ttft_ms'?"),
         ({"tenants": [{"name": "a"}, {"name": "a"}]}, "tenants: two have the same name"),
-        ({"tenants": [{"name": "a b"}]}, "tenants.0.name: "),
+        ({"tenants": [{"name": "a b"}]}, "tenants.0.name: must be 1 to 64 letters, digits or "),
         ({"tenants": [{"name": "a", "keys": [{"key": "k"}, {"key": "k"}]}]}, "a key is given twice"),
         ({"health": {"ejection": 1}}, "health.ejection: unknown 'ejection'"),
         ({"hedging": {"quantile": 2}}, "hedging.quantile: "),
+        ({"policy": "costt"}, "policy.name: unknown 'costt'; did you mean 'cost'?"),
+        ({"policy": ["cost"]}, "policy: must be a mapping of name, parameters"),
+        ({"filters": "role"}, "filters: must be a list"),
+        ({"slo": "fast"}, "slo: must be a mapping of ttft_ms, itl_ms"),
+        ({"filters": [{"name": "role", "legs": "all"}]}, "filters.0.legs: Input should be 'both', 'prefill' or"),
+        ({"tenants": [{"name": "a", "keys": [{"sha256": "abc"}]}]}, ".0.keys.0.sha256: must be 64 hexadecimal digits"),
+        ({"tenants": [{"name": "a", "keys": [{"key_env": "NOT_SET_HERE"}]}]}, "variable NOT_SET_HERE is not set"),
         ({"polcy": {}}, "polcy: unknown 'polcy'; did you mean 'policy'?"),
         ("- a\n- b", "must hold a mapping"),
         ("policy: {", "is not YAML"),
@@ -54,6 +61,17 @@ def test_a_wrong_file_says_where_and_why(tmp_path, content, message):
     with pytest.raises(InvalidRequest) as refused:
         load(tmp_path, content)
     assert message in refused.value.message and "scheduler.yaml" in refused.value.message
+
+
+def test_a_plug_in_without_parameters_may_be_its_name_alone(tmp_path):
+    config = load(tmp_path, "policy: round_robin\npredictor: prior\nfilters: [role]")
+    assert isinstance(ScheduleConfig(policy=config.policy).make_policy(), RoundRobin)
+    assert config.predictor.name == "prior" and [f.name for f in config.filters] == ["role"]
+
+
+def test_a_digest_may_be_in_capitals(tmp_path):
+    one, other = (load(tmp_path, {"tenants": [{"name": "a", "keys": [{"sha256": d * 32}]}]}) for d in ("ab", "AB"))
+    assert one.tenants[0].keys[0].digest == other.tenants[0].keys[0].digest
 
 
 def test_every_mistake_is_told_at_once(tmp_path):
@@ -114,6 +132,23 @@ def test_checking_a_file_prints_what_holds(tmp_path, monkeypatch, capsys):
     path.write_text("flow: {ttl_s: x}")
     with pytest.raises(SystemExit, match=r"flow\.ttl_s"):
         schedule_config.main()
+
+
+def test_a_variable_that_only_the_proxys_machine_has_is_a_note(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "s.yaml"
+    path.write_text("tenants: [{name: a, keys: [{key_env: ONE_KEY}]}, {name: b, keys: [{key_env: OTHER_KEY}]}]")
+    monkeypatch.setattr("sys.argv", ["check", str(path)])
+    monkeypatch.setenv("OTHER_KEY", "k")
+    schedule_config.main()
+    told = capsys.readouterr()
+    assert json.loads(told.out)["digest"] is None
+    assert told.err.startswith("note: ONE_KEY ") and "OTHER_KEY" not in told.err
+    monkeypatch.delenv("OTHER_KEY")
+    schedule_config.main()
+    assert capsys.readouterr().err.count("note: ") == 2
+    for missing in ("ONE_KEY", "OTHER_KEY"):
+        with pytest.raises(InvalidRequest, match=missing):
+            ScheduleConfig.load(path)
 
 
 class Watched:

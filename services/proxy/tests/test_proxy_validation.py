@@ -146,6 +146,18 @@ async def test_bodies(stack):
         assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+async def test_a_fault_of_ours_has_an_error_object_too(stack, monkeypatch):
+    def fails(*_):
+        raise KeyError("words of the prompt")
+
+    monkeypatch.setattr("omni_proxy.http.parse_json", fails)
+    response = await stack.client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
+    assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
+    assert response.json()["error"]["code"] == "unexpected"
+    assert "words" not in response.text
+    assert stack.metric("omni_proxy_requests_total", status="500") == 1
+
+
 async def test_a_body_without_length_is_bounded_while_it_is_read(stack):
     async def endless():
         for _ in range(100):

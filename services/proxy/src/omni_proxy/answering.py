@@ -111,7 +111,7 @@ class GenerationResponse:
             return error
         except Exception as error:
             log.exception("request failed", extra={"request_id": self._generation.request_id})
-            return Internal(f"the proxy failed: {type(error).__name__}", reason="unexpected")
+            return unexpected(error)
         return None
 
     async def _send_error(self, send: Send, error: OmniError, has_started: bool) -> None:
@@ -310,6 +310,11 @@ def _finish(reason: FinishReason | None, *, has_calls: bool) -> str:
 
 def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+
+
+def unexpected(error: Exception) -> OmniError:
+    """What a client is told of a fault of ours; the rest is for the log."""
+    return Internal(f"the proxy failed: {type(error).__name__}", reason="unexpected")
 
 
 async def _cancelled_when_gone(work: asyncio.Task[Any], receive: Receive) -> None:

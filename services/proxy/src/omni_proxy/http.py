@@ -1,5 +1,6 @@
 """The REST surface: routes, bodies in, answers out."""
 
+import logging
 import re
 import secrets
 import time
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from omni_common.errors import InvalidRequest, NotFound, OmniError
 from omni_proxy import __version__
 from omni_proxy.admission import Admission
-from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer
+from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer, unexpected
 from omni_proxy.bodies import HttpLimits, read_body
 from omni_proxy.config_watch import ConfigPage
 from omni_proxy.eager_send import EagerSend
@@ -43,6 +44,8 @@ from omni_proxy.status import StatusPages
 from omni_proxy.tenants import Tenants
 from omni_proxy.text import ModelText
 from omni_proxy.tracing import RequestTrace
+
+log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -220,6 +223,9 @@ class Front(FastAPI):
             answer = await post(request)
         except OmniError as error:
             answer = self._refusal(request, error)
+        except Exception as error:
+            log.exception("request failed")
+            answer = self._refusal(request, unexpected(error))
         await answer(scope, receive, send)
 
 
@@ -270,8 +276,12 @@ def create_app(api: Api, pages: StatusPages, kv: KvPages, config: ConfigPage) ->
             return refusal(request, wrong)
         return refusal(request, NotFound("no such path", reason="path_not_found"))
 
+    async def on_unexpected(request: Request, error: Exception) -> Response:
+        return refusal(request, unexpected(error))
+
     app.add_exception_handler(OmniError, on_omni_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_unexpected)
     return app
 
 

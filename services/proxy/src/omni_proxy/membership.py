@@ -129,7 +129,7 @@ class StaticMembership:
         self.address = address
         self.is_met = False
         """Once it is, the fleet knows how the worker fares."""
-        self.error = "no answer yet"
+        self.state = "unreachable: no answer yet"
         self._connect = connect
         self._roster = roster
         self._timeout_s = timeout_s
@@ -145,12 +145,13 @@ class StaticMembership:
                     if backoff.is_first:
                         message = "worker does not describe itself yet"
                         log.warning(message, extra={"address": self.address, "code": error.code().name})
-                    self.error = from_rpc_error(error).message
+                    found = from_rpc_error(error)
+                    self.state = found.message if found.reason else f"unreachable: {found.message}"
                     await backoff.wait()
                     continue
                 backoff.reset()
                 if is_pool(answer.info):
-                    self.error = "a pool of blocks is not a worker"
+                    self.state = "a pool of blocks is not a worker"
                     log.error("a pool of blocks is not a worker; ignored", extra={"address": self.address})
                     return
                 # The address in the settings is the one that is known to work from here.

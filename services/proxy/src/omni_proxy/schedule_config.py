@@ -6,9 +6,9 @@ python -m omni_proxy.schedule_config FILE    checks a file and prints the effect
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -27,7 +27,7 @@ from omni_proxy.scheduling.policies import policy_of
 from omni_proxy.scheduling.predictors import MakePredictor
 from omni_proxy.scheduling.predictors import predictors as known_predictors
 from omni_proxy.scheduling.request import Slo
-from omni_proxy.tenants import TenantSettings
+from omni_proxy.tenants import KEYS_ELSEWHERE, TenantSettings
 
 _SHOWN_DIGITS = 8
 
@@ -36,60 +36,59 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PolicySettings(_Section):
-    """The policy by name; parameters are the policy's own."""
+class _PlugInSettings(_Section):
+    """A plug-in by name; parameters are its own. The name alone stands for a plug-in without parameters."""
+
+    known: ClassVar[Callable[[], Mapping[str, Plugin[Any]]]]
+
+    name: str
+    parameters: Mapping[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: object) -> object:
+        return {"name": given} if isinstance(given, str) else given
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_name(name, cls.known())
+
+    @field_validator("parameters")
+    @classmethod
+    def _fitting(cls, values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        if (name := info.data.get("name")) is not None:
+            try:
+                cls.known()[name].build(name, values)
+            except OmniError as error:
+                raise ValueError(error.message) from None
+        return values
+
+
+class PolicySettings(_PlugInSettings):
+    known = known_policies
 
     name: str = "cost"
-    parameters: Mapping[str, Any] = Field(default_factory=dict)
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return known_name(name, known_policies())
-
-    @field_validator("parameters")
-    @classmethod
-    def _fitting(cls, values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
-        return _checked(known_policies(), values, info)
 
 
-class PredictorSettings(_Section):
+class PredictorSettings(_PlugInSettings):
     """How times are learned; read at the start only."""
 
+    known = known_predictors
+
     name: str = "linear"
-    parameters: Mapping[str, Any] = Field(default_factory=dict)
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return known_name(name, known_predictors())
-
-    @field_validator("parameters")
-    @classmethod
-    def _fitting(cls, values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
-        return _checked(known_predictors(), values, info)
 
     def make(self) -> MakePredictor:
         return known_predictors()[self.name].build(self.name, self.parameters)
 
 
-class FilterSettings(_Section):
+class FilterSettings(_PlugInSettings):
     """A filter in front of the policy."""
 
-    name: str
-    parameters: Mapping[str, Any] = Field(default_factory=dict)
-    legs: str = Field(default="both", pattern="^(both|prefill|decode)$")
+    known = known_filters
+
+    legs: Literal["both", "prefill", "decode"] = "both"
     required: bool = Field(default=False, description="A leg nobody would be left for: false, is not filtered")
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return known_name(name, known_filters())
-
-    @field_validator("parameters")
-    @classmethod
-    def _fitting(cls, values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
-        return _checked(known_filters(), values, info)
 
 
 class SloSettings(_Section):
@@ -118,7 +117,7 @@ class ScheduleConfig(_Section):
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         names = [tenant.name for tenant in self.tenants]
-        digests = [key.digest for tenant in self.tenants for key in tenant.keys]
+        digests = [key.digest for tenant in self.tenants for key in tenant.keys if key.is_set]
         if len(set(names)) < len(names):
             raise ValueError("tenants: two have the same name")
         if len(set(digests)) < len(digests):
@@ -126,21 +125,23 @@ class ScheduleConfig(_Section):
         return self
 
     @classmethod
-    def load(cls, path: Path, base: Self | None = None) -> Self:
+    def load(cls, path: Path, base: Self | None = None, *, keys_elsewhere: bool = False) -> Self:
         """Read and check a file; sections it does not have are those of `base`.
+
+        With `keys_elsewhere` the variables of `key_env` may be missing on this machine.
 
         Raises:
             InvalidRequest: it cannot be read, or something in it is wrong; the message has a line for each.
         """
         try:
-            return cls.parse(path.read_bytes(), base)
+            return cls.parse(path.read_bytes(), base, keys_elsewhere=keys_elsewhere)
         except OSError as error:
             raise InvalidRequest(f"{path}: {error.strerror}", field=str(path)) from None
         except InvalidRequest as error:
             raise InvalidRequest(f"{path}: {error.message}", field=error.field) from None
 
     @classmethod
-    def parse(cls, content: bytes, base: Self | None = None) -> Self:
+    def parse(cls, content: bytes, base: Self | None = None, *, keys_elsewhere: bool = False) -> Self:
         """Raises as `load` does."""
         try:
             values = yaml.safe_load(content)
@@ -148,16 +149,16 @@ class ScheduleConfig(_Section):
             raise InvalidRequest(f"is not YAML: {error}") from None
         if not isinstance(values, dict | None):
             raise InvalidRequest("must hold a mapping of sections")
-        given = cls.of(values or {})
+        given = cls.of(values or {}, keys_elsewhere=keys_elsewhere)
         if base is None:
             return given
         return base.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
+    def of(cls, values: Mapping[str, Any], *, keys_elsewhere: bool = False) -> Self:
         """Raises as `load` does."""
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(values, context={KEYS_ELSEWHERE: keys_elsewhere})
         except ValidationError as error:
             lines = [_line(cls, detail) for detail in error.errors(include_url=False, include_input=False)]
             raise InvalidRequest("\n".join(lines), field=lines[0].partition(":")[0]) from None
@@ -183,16 +184,6 @@ class ScheduleConfig(_Section):
         return hashlib.sha256("\n".join((text, *secrets)).encode()).hexdigest()[:16]
 
 
-def _checked(known: Mapping[str, Plugin[Any]], values: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
-    """Parameters that the plug-in named beside them takes."""
-    if (name := info.data.get("name")) is not None:
-        try:
-            known[name].build(name, values)
-        except OmniError as error:
-            raise ValueError(error.message) from None
-    return values
-
-
 def _redacted(key: Mapping[str, str | None]) -> Mapping[str, str]:
     if (digest := key["sha256"]) is not None:
         return {"sha256": f"{digest[:_SHOWN_DIGITS]}..."}
@@ -204,7 +195,11 @@ def _line(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
     path: Sequence[str | int] = detail["loc"]
     where = ".".join(str(part) for part in path)
     message: str = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] == "model_type":
+        message = f"must be a mapping of {', '.join(_fields_at(model, path))}"
+    elif detail["type"] == "tuple_type":
+        message = "must be a list"
+    elif detail["type"] == "extra_forbidden":
         try:
             known_name(str(path[-1]), _fields_at(model, path[:-1]))
         except ValueError as error:
@@ -231,10 +226,14 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m omni_proxy.schedule_config FILE")
     try:
-        config = ScheduleConfig.load(Path(sys.argv[1]))
+        config = ScheduleConfig.load(Path(sys.argv[1]), keys_elsewhere=True)
     except OmniError as error:
         sys.exit(error.message)
-    print(json.dumps({"digest": config.digest, "effective": config.effective}, indent=2))
+    missing = [str(key.key_env) for tenant in config.tenants for key in tenant.keys if not key.is_set]
+    for variable in missing:
+        print(f"note: {variable} (key_env) is not set here; it must be where the proxy runs", file=sys.stderr)
+    # The digest is of the keys too.
+    print(json.dumps({"digest": None if missing else config.digest, "effective": config.effective}, indent=2))
 
 
 if __name__ == "__main__":

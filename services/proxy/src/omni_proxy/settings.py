@@ -74,7 +74,9 @@ class Settings(ServiceSettings):
     def _separate(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
-        return () if value is None else value
+        if not isinstance(value, list | tuple | None):
+            raise ValueError("write host:port, several with commas")
+        return value or ()
 
     @field_validator("kvstore", "workers")
     @classmethod

@@ -41,7 +41,7 @@ class StatusPages:
             "kvstore": self._kvstore(),
             "workers": {
                 **{m.worker.id: self._refusal(m) or "ok" for m in self.fleet.members},
-                **{static.address: "unreachable" for static in self._unmet()},
+                **{static.address: static.state for static in self._unmet()},
             },
         }
         if not self.fleet.can_decode:
@@ -69,7 +69,7 @@ class StatusPages:
                 "model": self.model,
                 "kvstore": self._kvstore(),
                 "workers": self._workers(self.fleet.members),
-                "unreachable": [{"address": static.address, "error": static.error} for static in self._unmet()],
+                "unreachable": [{"address": static.address, "state": static.state} for static in self._unmet()],
             }
         )
 

@@ -22,6 +22,7 @@ from omni_proxy.scheduling.request import Caller, Slo
 ANY = "*"
 """The tenant whose limits hold, each for itself, for names that are not configured."""
 _NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
+_NAME_RULE = "1 to 64 letters, digits or any of _.:@-"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 KEYS_ELSEWHERE = "keys_elsewhere"
@@ -80,7 +81,7 @@ class TenantSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^(\*|[A-Za-z0-9_.:@-]{1,64})$")
+    name: str
     keys: tuple[ApiKey, ...] = ()
     weight: float = Field(default=1.0, gt=0, le=1e6, description="Share among the tenants of a band")
     priority: int = Field(default=0, ge=-_MAX_PRIORITY, le=_MAX_PRIORITY, description="Where a request says none")
@@ -91,6 +92,13 @@ class TenantSettings(BaseModel):
     tokens_per_minute: float | None = Field(default=None, gt=0)
     tokens_per_day: float | None = Field(default=None, gt=0)
     max_inflight: int | None = Field(default=None, ge=1)
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_named(cls, name: str) -> str:
+        if name != ANY and not _NAME.fullmatch(name):
+            raise ValueError(f"must be {_NAME_RULE}, or {ANY!r}")
+        return name
 
     @property
     def priority_limit(self) -> int:
@@ -234,7 +242,7 @@ class Tenants:
         return found
 
     def _named(self, headers: Mapping[str, str]) -> str:
-        return _matching(headers, TENANT, _NAME, "1 to 64 letters, digits or any of _.:@-")
+        return _matching(headers, TENANT, _NAME, _NAME_RULE)
 
     def _settings_of(self, name: str) -> TenantSettings:
         tenant = self._tenants.get(name)
