@@ -155,7 +155,7 @@ async def test_a_fault_of_ours_has_an_error_object_too(stack, monkeypatch):
     assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
     assert response.json()["error"]["code"] == "unexpected"
     assert "words" not in response.text
-    assert stack.metric("omni_proxy_requests_total", status="500") == 1
+    assert stack.metric("omni_proxy_requests_total", code="500") == 1
 
 
 async def test_a_body_without_length_is_bounded_while_it_is_read(stack):
