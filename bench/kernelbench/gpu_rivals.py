@@ -33,8 +33,8 @@ def _flashinfer_swiglu(gate_up: Tensor) -> Call:
 
 
 def _vllm_quant(x: Tensor) -> Call:
-    quantise = import_module("vllm._custom_ops").scaled_int8_quant
-    return lambda: quantise(x)
+    quantize = import_module("vllm._custom_ops").scaled_int8_quant
+    return lambda: quantize(x)
 
 
 def _vllm_attention(

@@ -52,6 +52,7 @@ class _Cluster:
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(30)
+        self._loop.close()
 
     async def _run(self) -> None:
         # The services are not dependencies of the command; the test environment has them.

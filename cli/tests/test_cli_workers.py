@@ -31,6 +31,7 @@ class _Worker:
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(30)
+        self._loop.close()
 
     async def _run(self) -> None:
         # The worker's code is no dependency of the command; the test environment has it.

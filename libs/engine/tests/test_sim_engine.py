@@ -2,6 +2,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -296,3 +297,10 @@ async def run_one(engine: SimEngine, number: int, length: int, max_tokens: int, 
         return
     async with asyncio.timeout(10):
         await sink.done.wait()
+
+
+@pytest.mark.parametrize("content", ["", "{nope", "[1]"])
+def test_a_broken_config_of_the_model_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InvalidRequest, match=r"model_dir: .*config\.json"):
+        SimSettings().for_model(tmp_path)

@@ -62,6 +62,8 @@ def test_an_engine_started_for_one_leg_says_so(
     plan = plan_launch(VllmSettings.model_validate(settings), model_dir, "m", role)  # type: ignore[arg-type]
     assert bool(plan.fixed_role) == bool(kv_role)
     assert kv_role in plan.fixed_role
+    if kv_role:
+        assert f"OMNI_{role.upper()}_VLLM__ANY_ROLE=true" in plan.fixed_role
     if "any_role" in settings:
         assert plan.arguments["kv_transfer_config"]["kv_role"] == "kv_both"
 

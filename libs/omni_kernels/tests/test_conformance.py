@@ -83,7 +83,7 @@ def test_a_validator_that_lets_wrong_calls_through_is_found() -> None:
     assert all("not refused" in " ".join(row.failures) for row in found)
 
 
-def test_quantised_values_may_be_off_by_one_seldom_and_by_two_never() -> None:
+def test_quantized_values_may_be_off_by_one_seldom_and_by_two_never() -> None:
     op = OPS["dynamic_quant"]
     x = torch.linspace(-1, 1, 400).reshape(1, 400)
     case = Case("ramp", (x,), 1e-7, 1e-6, loose=(0,))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from omni_kernels.ops.quant import quantised
+from omni_kernels.ops.quant import quantized
 from omni_kernels.quantize.int8_experts import int8_experts
 
 EXPERTS, HIDDEN, INNER = 6, 96, 48
@@ -29,7 +29,7 @@ def test_experts_are_as_good_as_eight_bits(tokens: int, dtype: torch.dtype) -> N
     x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
     experts = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2, generator=generator)
-    (q13, s13), (q2, s2) = quantised(w13), quantised(w2)
+    (q13, s13), (q2, s2) = quantized(w13), quantized(w2)
     for indices in (experts, experts.int()):
         found = int8_experts(x, q13, s13, q2, s2, weights, indices)
         assert found.dtype == dtype

@@ -268,7 +268,7 @@ W4, BLOCKS = torch.ones(2, 8, 2, dtype=I8), torch.ones(2, 2, 4)
         pytest.param(grouped_matmul, (ROWS, torch.ones(2, 8, 8)[..., ::2], SIZES), "weight", id="with gaps"),
         pytest.param(grouped_matmul, (ROWS, torch.ones(2, 8, 4), SIZES.int()), "group_sizes", id="int32 sizes"),
         pytest.param(grouped_matmul, (ROWS, torch.ones(2, 8, 4), SIZES[:1]), "group_sizes", id="a size missing"),
-        pytest.param(grouped_matmul_w8a8, (ROWS, SCALE, W8, COLUMNS, SIZES, torch.float32), "x", id="x not quantised"),
+        pytest.param(grouped_matmul_w8a8, (ROWS, SCALE, W8, COLUMNS, SIZES, torch.float32), "x", id="x not quantized"),
         pytest.param(
             grouped_matmul_w8a8, (X8, SCALE[:5], W8, COLUMNS, SIZES, torch.float32), "row_scale", id="a scale missing"
         ),

@@ -1,4 +1,4 @@
-"""Norms, rotation, gated activation and quantisation mean what torch, transformers and arithmetic say they mean."""
+"""Norms, rotation, gated activation and quantization mean what torch, transformers and arithmetic say they mean."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +51,7 @@ def test_a_residual_is_added_before_the_norm_and_handed_on(generator: torch.Gene
     torch.testing.assert_close(q * scale.unsqueeze(-1), wanted.float(), atol=float(scale.max()) * 0.51, rtol=0)
 
 
-def test_a_quantised_norm_is_that_of_the_unrounded_norm(generator: torch.Generator) -> None:
+def test_a_quantized_norm_is_that_of_the_unrounded_norm(generator: torch.Generator) -> None:
     x, weight = torch.randn(3, 256, generator=generator).half(), torch.rand(256, generator=generator).half()
     q, scale = rms_norm_quant(x, weight, 1e-6)
     wanted = dynamic_quant(rms_norm(x.float(), weight.float(), 1e-6))
@@ -61,7 +61,7 @@ def test_a_quantised_norm_is_that_of_the_unrounded_norm(generator: torch.Generat
 
 @FEW
 @given(rows=ROWS, dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
-def test_quantised_rows_come_back_to_within_half_a_step(rows: list[list[float]], dtype: torch.dtype) -> None:
+def test_quantized_rows_come_back_to_within_half_a_step(rows: list[list[float]], dtype: torch.dtype) -> None:
     x = torch.tensor(rows).to(dtype)
     q, scale = dynamic_quant(x)
     assert (scale >= 0).all()

@@ -15,9 +15,9 @@ pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import IntQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
-from omni_kernels.ops.quant import quantised
+from omni_kernels.ops.quant import quantized
 from omni_kernels.quantize.checkpoint import read_config, weights_of, write
-from omni_kernels.quantize.choice import Choice, Weight, choose, is_quantisable
+from omni_kernels.quantize.choice import Choice, Weight, choose, is_quantizable
 from omni_kernels.quantize.verification import verify
 
 TINY_MOE = Path(__file__).resolve().parents[3] / "models" / "tiny-moe"
@@ -25,7 +25,7 @@ DENSE = {"hidden_size": 64, "intermediate_size": 96}
 LATENT = {"hidden_size": 64, "n_routed_experts": 2, "moe_intermediate_size": 32, "kv_lora_rank": 512}
 
 
-def quantised_copy(model: Path, out: Path) -> Choice:
+def quantized_copy(model: Path, out: Path) -> Choice:
     choice = choose(weights_of(model), read_config(model), "w8a8")
     write(model, out, choice)
     return choice
@@ -66,7 +66,7 @@ def latent(generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
 )
 def test_every_value_is_within_half_a_step(rows: list[list[float]]) -> None:
     weight = torch.tensor(rows)
-    codes, scale = quantised(weight)
+    codes, scale = quantized(weight)
     step = weight.abs().amax(1) / 127
     assert codes.dtype == torch.int8
     assert torch.allclose(scale, step)
@@ -74,7 +74,7 @@ def test_every_value_is_within_half_a_step(rows: list[list[float]]) -> None:
 
 
 def test_the_trained_model_is_written_and_checked(tmp_path: Path) -> None:
-    choice = quantised_copy(TINY_MOE, tmp_path / "out")
+    choice = quantized_copy(TINY_MOE, tmp_path / "out")
     rows = verify(TINY_MOE, tmp_path / "out", choice, "w8a8")
     assert all(0.003 < row.mean_error <= row.worst_error < 0.01 for row in rows[:-1])
     assert sum(row.matrices for row in rows[:-1]) == 4 * (4 + 16 * 3)
@@ -90,7 +90,7 @@ def test_the_trained_model_is_written_and_checked(tmp_path: Path) -> None:
 
 def test_the_library_engines_read_by_takes_the_result(tmp_path: Path) -> None:
     model = folder(tmp_path / "model", latent(torch.Generator().manual_seed(0)), LATENT)
-    quantised_copy(model, tmp_path / "out")
+    quantized_copy(model, tmp_path / "out")
     config = QuantizationConfig.model_validate(
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     )
@@ -107,8 +107,8 @@ def test_the_library_engines_read_by_takes_the_result(tmp_path: Path) -> None:
 
 def test_what_is_sensitive_stays(tmp_path: Path) -> None:
     model = folder(tmp_path / "model", latent(), LATENT)
-    choice = quantised_copy(model, tmp_path / "out")
-    assert {name.rsplit(".", 2)[1] for name in choice.quantised} == {
+    choice = quantized_copy(model, tmp_path / "out")
+    assert {name.rsplit(".", 2)[1] for name in choice.quantized} == {
         "kv_a_proj_with_mqa", "o_proj", "gate_proj", "down_proj",
     }  # fmt: skip
     assert {
@@ -137,7 +137,7 @@ def test_what_is_sensitive_stays(tmp_path: Path) -> None:
 def test_what_could_not_be_served_is_refused(config: dict[str, Any], scheme: str, names: str | None) -> None:
     weights = [Weight("model.layers.0.self_attn.o_proj.weight", (64, 64), "BF16")]
     if names is None:
-        assert choose(weights, config, scheme).quantised
+        assert choose(weights, config, scheme).quantized
         return
     with pytest.raises(ValueError, match=names):
         choose(weights, config, scheme)
@@ -163,17 +163,17 @@ def test_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json"):
         read_config(tmp_path)
     with pytest.raises(ValueError, match="not empty"):
-        quantised_copy(model, model)
+        quantized_copy(model, model)
     broken = latent()
     broken["model.layers.0.self_attn.o_proj.weight"][0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"o_proj\.weight.*finite"):
-        quantised_copy(folder(tmp_path / "broken", broken, LATENT), tmp_path / "out")
+        quantized_copy(folder(tmp_path / "broken", broken, LATENT), tmp_path / "out")
 
 
 @pytest.mark.parametrize("fault", ["code", "scale", "kept", "missing"])
 def test_checking_finds_what_is_wrong(tmp_path: Path, fault: str) -> None:
     model, out = folder(tmp_path / "model", latent(), LATENT), tmp_path / "out"
-    choice = quantised_copy(model, out)
+    choice = quantized_copy(model, out)
     tensors, name = load_file(out / "model.safetensors"), "model.layers.0.self_attn.o_proj.weight"
     match fault:
         case "code":
@@ -202,11 +202,11 @@ def test_shards_and_their_index_stay(tmp_path: Path) -> None:
     index = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (model / "config.json").write_text(json.dumps(LATENT))
-    choice = quantised_copy(model, tmp_path / "out")
+    choice = quantized_copy(model, tmp_path / "out")
     verify(model, tmp_path / "out", choice, "w8a8")
     written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert written.items() >= index.items()
-    scales = {f"{name}_scale" for name in choice.quantised}
+    scales = {f"{name}_scale" for name in choice.quantized}
     assert scales == written.keys() - index.keys()
     for name, file in written.items():
         assert name in load_file(tmp_path / "out" / file)
@@ -227,7 +227,7 @@ def test_shards_and_their_index_stay(tmp_path: Path) -> None:
     ],
 )
 def test_names(name: str, taken: bool) -> None:
-    assert is_quantisable(Weight(name, (64, 64), "BF16")) is taken
+    assert is_quantizable(Weight(name, (64, 64), "BF16")) is taken
 
 
 def test_the_command_refuses_in_words(tmp_path: Path) -> None:
@@ -237,6 +237,33 @@ def test_the_command_refuses_in_words(tmp_path: Path) -> None:
     ran = testing.CliRunner().invoke(app, [str(tmp_path), "--out", str(tmp_path / "out")])
     assert ran.exit_code == 2
     assert "safetensors" in ran.output
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "out", "named"),
+    [
+        pytest.param(b"no safetensors", "{}", "out", "model.safetensors: not a safetensors file", id="weights"),
+        pytest.param(None, "[1]", "out", "config.json: must be a JSON object", id="config"),
+        pytest.param(None, None, "file", "--out:", id="a file for a folder"),
+        pytest.param(None, None, "file/out", "file/out", id="below a file"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_read_or_write(
+    tmp_path: Path, weights: bytes | None, config: str | None, out: str, named: str
+) -> None:
+    testing = pytest.importorskip("typer.testing")
+    from omni_kernels.quantize.commands import app
+
+    model = folder(tmp_path / "model", latent(), LATENT)
+    (tmp_path / "file").touch()
+    if weights is not None:
+        (model / "model.safetensors").write_bytes(weights)
+    if config is not None:
+        (model / "config.json").write_text(config)
+    given = [str(model), "--out", str(tmp_path / out)]
+    ran = testing.CliRunner().invoke(app, given, env={"COLUMNS": "400", "NO_COLOR": "1"})
+    assert ran.exit_code == 2, ran.output
+    assert named in ran.output
 
 
 def test_the_command_prints_what_it_checked(tmp_path: Path) -> None:

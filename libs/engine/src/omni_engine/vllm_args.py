@@ -171,7 +171,8 @@ def _fixed_role(settings: VllmSettings, role: Role) -> str:
     started_for = _kv_role(settings, role)
     if not settings.kv_connector or started_for == "kv_both":
         return ""
-    return f"the KV connector was started as {started_for}; a worker started with vllm.any_role can change its role"
+    variable = f"OMNI_{role.upper()}_VLLM__ANY_ROLE"
+    return f"the KV connector was started as {started_for}; a worker started with {variable}=true can change its role"
 
 
 def _kv_transfer(settings: VllmSettings, role: Role, engine_id: str) -> dict[str, Any]:

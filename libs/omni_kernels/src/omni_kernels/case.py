@@ -26,7 +26,7 @@ class Case:
     """One call of an op; `inputs` are tensors and plain values, as the op's parameters stand.
 
     Floating outputs may stray from the float64 meaning by atol + rtol * |meaning|. Integer outputs are equal; those at
-    the positions `loose` (quantised values) may be off by one in a `loose_share` of their elements.
+    the positions `loose` (quantized values) may be off by one in a `loose_share` of their elements.
     """
 
     name: str

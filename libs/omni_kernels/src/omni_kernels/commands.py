@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("status")(status)
+app.command("status", epilog="Examples:\n  omni kernels status\n  omni kernels status --port 8100 --json")(status)
 
 WIDTH = 150
 DASHES = ("-", "-", "-")
@@ -34,7 +34,9 @@ DASHES = ("-", "-", "-")
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
-@app.command()
+@app.command(
+    epilog="Examples:\n  omni kernels table --backend cpu --op rms_norm\n  omni kernels table --json table.json"
+)
 def table(
     backend: Annotated[
         list[str] | None, typer.Option(help="Only this: meaning, cpu, triton or npu. May be given again.")
@@ -55,16 +57,21 @@ def table(
     from omni_kernels.ops import OPS
     from omni_kernels.table import SOURCES, gather
 
+    if json_file and not json_file.parent.is_dir():
+        raise typer.BadParameter(f"no folder {json_file.parent}; make it first", param_hint="--json")
     names = _chosen("--op", op, list(OPS))
     with _progress(len(names)) as told:
         found = gather(names, _chosen("--backend", backend, SOURCES), told)
     if json_file:
-        json_file.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        try:
+            json_file.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        except OSError as error:
+            raise typer.BadParameter(str(error), param_hint="--json") from None
     _show(found)
     raise typer.Exit(bool(found.failures))
 
 
-@app.command()
+@app.command(epilog="Examples:\n  omni kernels lint\n  omni kernels lint --json | jq length")
 def lint(as_json: AsJson = False) -> None:
     """Check every torch_npu call in the tree against the schemas of the pinned torch-npu releases."""
     _needs_torch()
@@ -73,7 +80,7 @@ def lint(as_json: AsJson = False) -> None:
     command.lint(as_json)
 
 
-@app.command()
+@app.command(epilog="Examples:\n  omni kernels contract\n  omni kernels contract --json | jq .ops")
 def contract(as_json: AsJson = False) -> None:
     """Run every npu kernel against the pinned torch-npu releases: schemas, meta kernels, and numbers on the CPU."""
     _needs_torch()

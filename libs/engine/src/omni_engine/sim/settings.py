@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from omni_common.errors import InvalidRequest
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -121,10 +123,23 @@ class SimSettings(BaseModel):
         return (self.num_experts + self.experts.spare_slots) // ranks if ranks else 0
 
     def for_model(self, model_dir: Path | None) -> Self:
-        """With the end token of the model's configuration, where none is set here."""
+        """With the end token of the model's configuration, where none is set here.
+
+        Raises InvalidRequest where config.json is there and no JSON object.
+        """
         if self.eos_token_id is not None or model_dir is None:
             return self
         path = model_dir / "config.json"
-        declared = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        declared = _read_config(path).get("eos_token_id") if path.is_file() else None
         token = declared[0] if isinstance(declared, list) and declared else declared
         return self.model_copy(update={"eos_token_id": token}) if isinstance(token, int) else self
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"model_dir: {path} cannot be read: {error}", field="model_dir") from None
+    if not isinstance(config, dict):
+        raise InvalidRequest(f"model_dir: {path} must be a JSON object", field="model_dir")
+    return config

@@ -9,7 +9,7 @@ from omni_kernels.case import MODELS, Case, ModelShape, declare, dtype_name
 from omni_kernels.checks import FLOATS, has_dims, has_dtype, has_shape, on_device_of, refuse, wide
 from omni_kernels.ops.paged_samples import normal
 from omni_kernels.ops.paging import check_cache, known
-from omni_kernels.ops.quant import quantised
+from omni_kernels.ops.quant import quantized
 
 
 def _kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -70,7 +70,7 @@ def _kv_gather_int8(cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     Each row of D numbers has its own scale, its largest magnitude / 127; a number is off by half a scale at most, and
     a row of zeros has scale 0. D + 4 bytes a row, of 2 D in bfloat16. Raises ValueError for what does not fit.
     """
-    return quantised(wide(cache.index_select(0, blocks)))
+    return quantized(wide(cache.index_select(0, blocks)))
 
 
 def _check_gather_int8(cache: Tensor, blocks: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Symmetric int8 quantisation with a scale for each row, found as it runs."""
+"""Symmetric int8 quantization with a scale for each row, found as it runs."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from omni_kernels.case import MODELS, TINY, Case, declare, dtype_name
 from omni_kernels.checks import FLOATS, has_dtype, has_rows, is_contiguous, wide
 
 
-def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale) of `rows` (..., H) in float32 or float64: scale = absmax / 127, q = rows / scale, half to even.
 
     A row of zeros has scale 0 and q = 0.
@@ -29,7 +29,7 @@ def _dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     scale is the largest magnitude of the row over 127; q rounds half to even. A row of zeros has scale 0.
     Raises ValueError for other dtypes than float32, bfloat16 and float16.
     """
-    return quantised(wide(x))
+    return quantized(wide(x))
 
 
 def _check(x: Tensor) -> None:

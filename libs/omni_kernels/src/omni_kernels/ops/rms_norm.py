@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone, after a residual sum, and quantised to int8."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone, after a residual sum, and quantized to int8."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from omni_kernels.checks import (
     on_device_of,
     wide,
 )
-from omni_kernels.ops.quant import fake_quant, quantised
+from omni_kernels.ops.quant import fake_quant, quantized
 
 
 def _normed(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +48,7 @@ def _rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
 
     Raises ValueError when dtype or size of `weight` are not those of the rows, or `eps` is not positive.
     """
-    return quantised(_normed(wide(x), weight, eps))
+    return quantized(_normed(wide(x), weight, eps))
 
 
 def _add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,7 @@ def _add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     Raises ValueError when they do not match, or `eps` is not positive.
     """
     rows = wide(x) + residual
-    return *quantised(_normed(rows, weight, eps)), rows.to(x.dtype)
+    return *quantized(_normed(rows, weight, eps)), rows.to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:

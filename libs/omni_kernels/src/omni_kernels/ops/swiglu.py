@@ -18,7 +18,7 @@ from omni_kernels.checks import (
     refuse,
     wide,
 )
-from omni_kernels.ops.quant import fake_quant, quantised
+from omni_kernels.ops.quant import fake_quant, quantized
 
 
 def _gated(gate_up: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def _swiglu_quant(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError when the last dimension is odd.
     """
-    return quantised(_gated(wide(gate_up)))
+    return quantized(_gated(wide(gate_up)))
 
 
 def _dequant_swiglu_quant(
@@ -50,7 +50,7 @@ def _dequant_swiglu_quant(
 
     `acc` int32 (T, 2 * I) is the first product, its rows ordered by expert, `group_sizes` int64 (E,) of them each;
     acc * row_scale (T,) * column_scale (E, 2 * I) of the row's expert, both float32, is gate and up of swiglu, whose
-    result is quantised as dynamic_quant does. Rows past the sum of `group_sizes` give 0 with scale 0.
+    result is quantized as dynamic_quant does. Rows past the sum of `group_sizes` give 0 with scale 0.
     Raises ValueError when sizes or dtypes do not match.
     """
     ends = group_sizes.cumsum(0)
@@ -58,7 +58,7 @@ def _dequant_swiglu_quant(
     expert = torch.searchsorted(ends, rows, right=True)
     scale = column_scale[expert.clamp(max=group_sizes.shape[0] - 1)] * row_scale.unsqueeze(-1)
     gate_up = acc.to(scale.dtype) * scale
-    return quantised(_gated(gate_up).where((rows < ends[-1]).unsqueeze(-1), 0))
+    return quantized(_gated(gate_up).where((rows < ends[-1]).unsqueeze(-1), 0))
 
 
 def _check(gate_up: Tensor) -> None:
@@ -124,7 +124,7 @@ def _samples_quant(where: device) -> Iterator[Case]:
     for label, gate_up in _gate_ups(where):
         yield Case(f"swiglu_quant-{label}", (gate_up,), 1e-7, 1e-5, loose=(0,))
     generator = torch.Generator().manual_seed(1)
-    for dtype in FLOATS:  # rows so wide that a kernel may round them to their dtype before it quantises
+    for dtype in FLOATS:  # rows so wide that a kernel may round them to their dtype before it quantizes
         gate_up = torch.randn(2, 2 * 18432, generator=generator).to(where, dtype)
         name = f"swiglu_quant-dense layer of deepseek-v3-{dtype_name(dtype)}"
         yield Case(name, (gate_up,), 1e-7, TOLERANCE[dtype][1], loose=(0,), loose_share=0.2)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -71,13 +72,19 @@ class Decoder:
         import transformers
 
         transformers.AttentionInterface.register(ATTENTION, _attend)
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self.model: Any
+        self.tokenizer: Any
+        try:
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"--model: {model_dir} holds no model that transformers loads: {reason}") from None
         config = self.model.config.get_text_config()
         if getattr(config, "kv_lora_rank", None) or getattr(config, "use_sliding_window", False):
-            raise ValueError(f"model {model_dir}: only layers of plain full attention can take part in a pattern")
+            raise ValueError(f"--model: {model_dir}: only layers of plain full attention can take part in a pattern")
         self.model.set_attn_implementation(ATTENTION)
         self.model.eval()
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_dir)
         ends = self.model.generation_config.eos_token_id
         self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.num_layers: int = config.num_hidden_layers
@@ -87,6 +94,9 @@ class Decoder:
         self.block_size = block_size
         self._questions = list(questions)
         self.prompts = [self._ids(question.prompt) for question in questions]
+        for number, ids in enumerate(self.prompts, 1):
+            if len(ids) < 2:
+                raise ValueError(f"--questions: prompt {number} must have 2 tokens or more, not {len(ids)}")
         self._answers = [[*self._ids(question.answer), self.tokenizer.eos_token_id] for question in questions]
         self._max_new_tokens = max(map(len, self._answers)) + 4
         self._prefix_lens = torch.tensor([len(ids) - 1 for ids in self.prompts])

@@ -115,10 +115,11 @@ class Pattern:
             refuse("format", f"must be {FORMAT}", fields["format"])
         if not isinstance(fields["layers"], list):
             refuse("layers", "must be a list", type(fields["layers"]).__name__)
-        known = Found.__dataclass_fields__
-        found = _object("found", fields["found"], *known)
+        if not isinstance(fields["model"], str):
+            refuse("model", "must be a string", repr(fields["model"]))
+        found = _found(fields["found"])
         layers = tuple(_layer(f"layers[{n}]", layer) for n, layer in enumerate(fields["layers"]))
-        return cls(str(fields["model"]), fields["block_size"], fields["token_bytes"], layers, Found(**found))
+        return cls(fields["model"], fields["block_size"], fields["token_bytes"], layers, found)
 
 
 def read(path: Path) -> Pattern:
@@ -149,6 +150,19 @@ def _object(name: str, data: Any, *fields: str) -> Mapping[str, Any]:
     if data.keys() != set(fields):
         refuse(name, f"must have the fields {', '.join(fields)}", ", ".join(data) or "none")
     return data
+
+
+def _found(data: Any) -> Found:
+    fields = _object("found", data, *Found.__dataclass_fields__)
+    if not isinstance(fields["method"], str):
+        refuse("found.method", "must be a string", repr(fields["method"]))
+    for name in ("seed", "evaluations", "questions"):
+        if type(fields[name]) is not int:
+            refuse(f"found.{name}", "must be a whole number", repr(fields[name]))
+    for name in ("accuracy", "perplexity", "full_accuracy", "full_perplexity"):
+        if type(fields[name]) not in (int, float, type(None)):
+            refuse(f"found.{name}", "must be a number or null", repr(fields[name]))
+    return Found(**fields)
 
 
 def _layer(name: str, data: Any) -> Layer:

@@ -30,4 +30,4 @@ def draw(runs: Mapping[str, Mapping[Candidate, Score]], space: Space, title: str
     axes.set_xscale("log")
     axes.set_title(title)
     axes.legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

@@ -1,7 +1,7 @@
-"""Checkpoints of safetensors files: what is in them, and writing a quantised copy file by file.
+"""Checkpoints of safetensors files: what is in them, and writing a quantized copy file by file.
 
 Format: compressed-tensors, `int-quantized`. `<module>.weight` becomes int8 of the same shape, and
-`<module>.weight_scale` float32 (out, 1) stands beside it; activations are quantised per token as they come.
+`<module>.weight_scale` float32 (out, 1) stands beside it; activations are quantized per token as they come.
 """
 
 import json
@@ -15,11 +15,11 @@ from compressed_tensors.quantization import (  # type: ignore[import-untyped]
     QuantizationConfig,
     QuantizationScheme,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omni_kernels.ops.quant import quantised
+from omni_kernels.ops.quant import quantized
 from omni_kernels.quantize.choice import Choice, Weight
 
 INDEX = "model.safetensors.index.json"
@@ -34,6 +34,8 @@ def read_config(model: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((model / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{model}: no readable config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{model / 'config.json'}: must be a JSON object")
     return config
 
 
@@ -54,14 +56,16 @@ def files_of(model: Path) -> list[Path]:
 
 
 def write(model: Path, out: Path, choice: Choice, told: Callable[[str], None] = lambda name: None) -> None:
-    """A quantised copy of `model` in `out`; `told` hears of every tensor. Holds one file of weights in memory.
+    """A quantized copy of `model` in `out`; `told` hears of every tensor. Holds one file of weights in memory.
 
     Raises ValueError where `out` holds something already, or a weight is not finite.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file; name a new folder")
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty; name a new folder")
+        raise ValueError(f"--out: {out} is not empty; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    chosen, total = frozenset(choice.quantised), 0
+    chosen, total = frozenset(choice.quantized), 0
     where: dict[str, str] = {}
     for path in files_of(model):
         tensors = dict(_converted(path, chosen, told))
@@ -100,7 +104,7 @@ def _converted(path: Path, chosen: frozenset[str], told: Callable[[str], None]) 
             if name in chosen:
                 if not tensor.isfinite().all():
                     raise ValueError(f"{name}: has values that are not finite")
-                codes, scale = quantised(tensor.float())
+                codes, scale = quantized(tensor.float())
                 yield name, codes
                 yield f"{name.removesuffix('weight')}{SCALE}", scale.unsqueeze(1)
             else:
@@ -109,6 +113,9 @@ def _converted(path: Path, chosen: frozenset[str], told: Callable[[str], None]) 
 
 
 def _slices(path: Path) -> Iterator[tuple[str, Any]]:
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            yield name, file.get_slice(name)
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_slice(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None

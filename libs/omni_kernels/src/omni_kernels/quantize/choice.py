@@ -1,4 +1,4 @@
-"""Which weights of a checkpoint are quantised, and what is refused because it could not be served."""
+"""Which weights of a checkpoint are quantized, and what is refused because it could not be served."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 SCHEMES = ("w8a8",)
 # Routers choose by small differences; heads and embeddings are looked at by name; latent attention multiplies the two
-# halves of kv_b_proj into queries and outputs; eh_proj is no quantisable layer in engines. The rest are no matrices.
+# halves of kv_b_proj into queries and outputs; eh_proj is no quantizable layer in engines. The rest are no matrices.
 KEPT = re.compile(
     r"(\.mlp\.gate|_norm|norm|layernorm|embed_tokens|head|lm_head|kv_b_proj|eh_proj|indexer\.\w+)\.weight$"
 )
@@ -35,9 +35,9 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Names of the weights to quantise, and the linear modules that stay as they are."""
+    """Names of the weights to quantize, and the linear modules that stay as they are."""
 
-    quantised: tuple[str, ...]
+    quantized: tuple[str, ...]
     kept_modules: tuple[str, ...]
 
 
@@ -48,23 +48,23 @@ def choose(weights: Sequence[Weight], config: Mapping[str, Any], scheme: str) ->
     """
     _check_scheme(scheme, config)
     if config.get("quantization_config"):
-        raise ValueError("quantization_config: the model is quantised already; start from its bf16 or fp32 weights")
+        raise ValueError("quantization_config: the model is quantized already; start from its bf16 or fp32 weights")
     _check_expert_sizes(config)
     for weight in weights:
         if len(weight.shape) == 3 and "experts" in weight.name:
             raise ValueError(f"{weight.name}: experts in one tensor {weight.shape}; one matrix for each is expected")
-    chosen = [weight for weight in weights if is_quantisable(weight)]
+    chosen = [weight for weight in weights if is_quantizable(weight)]
     if not chosen:
         raise ValueError("no tensor is named like a projection (model.layers.<n>.self_attn|mlp.*.weight)")
     for weight in chosen:
         if weight.dtype not in ("BF16", "F16", "F32"):
-            raise ValueError(f"{weight.name}: {weight.dtype} cannot be quantised; bf16, fp16 or fp32 is expected")
+            raise ValueError(f"{weight.name}: {weight.dtype} cannot be quantized; bf16, fp16 or fp32 is expected")
     names = tuple(weight.name for weight in chosen)
     kept = {w.module for w in weights if len(w.shape) == 2 and w.name.endswith(".weight") and w.name not in set(names)}
     return Choice(names, tuple(sorted(kept | _heads_of_predictors(kept))))
 
 
-def is_quantisable(weight: Weight) -> bool:
+def is_quantizable(weight: Weight) -> bool:
     return len(weight.shape) == 2 and bool(_LINEAR.search(weight.name)) and not KEPT.search(weight.name)
 
 

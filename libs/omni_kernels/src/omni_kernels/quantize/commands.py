@@ -22,8 +22,13 @@ app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=
 
 @app.command(no_args_is_help=True)
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Model folder: config.json and *.safetensors.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="New folder for the quantised model.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, file_okay=False, help="Model folder: config.json and *.safetensors.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for the quantized model.", show_default=False)],
     scheme: Annotated[
         str, typer.Option(help="w8a8: int8 weights, a scale per output channel; int8 activations, a scale per token.")
     ] = "w8a8",
@@ -31,8 +36,8 @@ def quantize(
 ) -> None:
     """Write a model with int8 weights that [bold]omni up --model[/] serves, and check it against the original.
 
-    Quantised matrices take half the bytes of bf16; each is read back and compared. Needs no data and no accelerator:
-    activations are quantised as they come. Routers, heads, embeddings, norms, and what latent attention folds
+    Quantized matrices take half the bytes of bf16; each is read back and compared. Needs no data and no accelerator:
+    activations are quantized as they come. Routers, heads, embeddings, norms, and what latent attention folds
     ([bold]kv_b_proj[/]) stay as they are. Dense, mixture-of-experts and latent-attention models, with prediction layers
     or without.
 
@@ -43,7 +48,7 @@ def quantize(
         raise typer.BadParameter(f"needs {', '.join(missing)}: pip install 'omni-kernels[quantize]'")
     try:
         rows = _written(model, out, scheme, show=not as_json)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     if as_json:
         from omni_kernels.quantize.verification import as_json as dumped
@@ -61,7 +66,7 @@ def _written(model: Path, out: Path, scheme: str, *, show: bool) -> "list[Row]":
     weights = weights_of(model)
     choice = choose(weights, read_config(model), scheme)
     with Progress(console=Console(stderr=True), transient=True, disable=not show) as progress:
-        task = progress.add_task("quantising", total=len(weights))
+        task = progress.add_task("quantizing", total=len(weights))
         write(model, out, choice, lambda name: progress.advance(task))
         progress.update(task, description="checking")
         return verify(model, out, choice, scheme)

@@ -1,4 +1,4 @@
-"""Read a quantised checkpoint back, by the library that engines read it by, and hold it against the original."""
+"""Read a quantized checkpoint back, by the library that engines read it by, and hold it against the original."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Matrices of one name: relative error ||W - dequantised|| / ||W|| in the mean and at worst, and bytes."""
+    """Matrices of one name: relative error ||W - dequantized|| / ||W|| in the mean and at worst, and bytes."""
 
     layer: str
     scheme: str
@@ -33,11 +33,11 @@ class Row:
 
 
 def verify(model: Path, out: Path, choice: Choice, scheme: str) -> list[Row]:
-    """A row for each quantised matrix, the experts of a layer together, and one for all that was kept.
+    """A row for each quantized matrix, the experts of a layer together, and one for all that was kept.
 
     Raises ValueError for a tensor that is missing, changed though it was to be kept, or further off than LIMIT.
     """
-    chosen, kept = frozenset(choice.quantised), [0, 0]
+    chosen, kept = frozenset(choice.quantized), [0, 0]
     found: dict[str, list[tuple[float, int, int]]] = {}
     for before, after in _pairs(model, out):
         with safe_open(before, "pt") as source, safe_open(after, "pt") as copy:

@@ -45,7 +45,7 @@ class AmxExpertsInt8(CPUExpertsInt8):  # type: ignore[misc]  # vLLM is untyped h
 
 
 class OpExpertsInt8(CPUExpertsInt8):  # type: ignore[misc]
-    """Omni's ops: tokens quantised once and sorted by expert, two grouped int8 products with SwiGLU between."""
+    """Omni's ops: tokens quantized once and sorted by expert, two grouped int8 products with SwiGLU between."""
 
     @staticmethod
     def is_supported_config(cls: Any, *args: Any) -> tuple[bool, str | None]:

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation and dynamic quantisation: one compiled loop over rows for all of them."""
+"""Root-mean-square normalisation and dynamic quantization: one compiled loop over rows for all of them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni_kernels.backends.cpu.rows import FLOAT, KNOWN, address, empty_quantised, load, loop, quantise, store
+from omni_kernels.backends.cpu.rows import FLOAT, KNOWN, address, empty_quantized, load, loop, quantize, store
 from omni_kernels.ops.quant import DYNAMIC_QUANT
 from omni_kernels.ops.rms_norm import ADD_RMS_NORM, ADD_RMS_NORM_QUANT, RMS_NORM, RMS_NORM_QUANT
 
@@ -50,7 +50,7 @@ def _norm_rows(
         if y_at:
             store(row, y_at + offset, is_half)
         else:
-            quantise(row, q_at + r * columns, scale_at + 4 * r)
+            quantize(row, q_at + r * columns, scale_at + 4 * r)
 
 
 def _run(
@@ -60,7 +60,7 @@ def _run(
     eps: float = 0.0,
     *,
     y: Tensor | None = None,
-    quantised: tuple[Tensor | None, Tensor | None] = (None, None),
+    quantized: tuple[Tensor | None, Tensor | None] = (None, None),
     total: Tensor | None = None,
 ) -> None:
     columns = x.shape[-1]
@@ -73,8 +73,8 @@ def _run(
         address(weight),
         eps,
         address(y),
-        address(quantised[0]),
-        address(quantised[1]),
+        address(quantized[0]),
+        address(quantized[1]),
         address(total),
         x.numel() // columns,
         columns,
@@ -101,25 +101,25 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 def _rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if x.dtype not in KNOWN:
         return RMS_NORM_QUANT.meaning(x, weight, eps)
-    quantised = empty_quantised(x.shape)
-    _run(x, None, weight, eps, quantised=quantised)
-    return quantised
+    quantized = empty_quantized(x.shape)
+    _run(x, None, weight, eps, quantized=quantized)
+    return quantized
 
 
 def _add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype not in KNOWN:
         return ADD_RMS_NORM_QUANT.meaning(x, residual, weight, eps)
-    quantised, total = empty_quantised(x.shape), torch.empty_like(x)
-    _run(x, residual, weight, eps, quantised=quantised, total=total)
-    return *quantised, total
+    quantized, total = empty_quantized(x.shape), torch.empty_like(x)
+    _run(x, residual, weight, eps, quantized=quantized, total=total)
+    return *quantized, total
 
 
 def _dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype not in KNOWN:
         return DYNAMIC_QUANT.meaning(x)
-    quantised = empty_quantised(x.shape)
-    _run(x, quantised=quantised)
-    return quantised
+    quantized = empty_quantized(x.shape)
+    _run(x, quantized=quantized)
+    return quantized
 
 
 KERNELS: Mapping[str, Callable[..., Any]] = {

@@ -62,8 +62,8 @@ def store(row: Any, at: int, is_half: bool) -> None:
 
 
 @part
-def quantise(row: Any, q_at: int, scale_at: int) -> None:
-    """As `omni_kernels.ops.quant.quantised`."""
+def quantize(row: Any, q_at: int, scale_at: int) -> None:
+    """As `omni_kernels.ops.quant.quantized`."""
     bits, largest = row.view(BITS), BITS(0)
     for i in range(len(row)):
         largest = max(largest, bits[i] & BITS(0x7FFFFFFF))  # floats of one sign are ordered as their bits are
@@ -90,7 +90,7 @@ def exponential(x: Any) -> Any:
     return (p * r * r + r + FLOAT(1)) * as_float((WORD(n) + WORD(127)) << WORD(23))
 
 
-def empty_quantised(shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def empty_quantized(shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(q, scale) to be filled for rows of `shape`."""
     return torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1], dtype=torch.float32)
 

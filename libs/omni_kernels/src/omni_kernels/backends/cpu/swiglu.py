@@ -14,12 +14,12 @@ from omni_kernels.backends.cpu.rows import (
     KNOWN,
     WORD,
     address,
-    empty_quantised,
+    empty_quantized,
     exponential,
     load,
     loop,
     part,
-    quantise,
+    quantize,
     store,
 )
 from omni_kernels.ops.swiglu import SWIGLU, SWIGLU_QUANT
@@ -46,7 +46,7 @@ def _gate_rows(x_at: int, y_at: int, q_at: int, scale_at: int, rows: int, column
         if y_at:
             store(gate, y_at + r * columns * size, is_half)
         else:
-            quantise(gate, q_at + r * columns, scale_at + 4 * r)
+            quantize(gate, q_at + r * columns, scale_at + 4 * r)
 
 
 @loop
@@ -79,13 +79,13 @@ def _dequant_rows(
                 gate[i] = FLOAT(acc[i]) * scale[i] * row_scale[r]
                 up[i] = FLOAT(acc[columns + i]) * scale[columns + i] * row_scale[r]
             _activate(gate, up)
-        quantise(gate, q_at + r * columns, scale_at + 4 * r)
+        quantize(gate, q_at + r * columns, scale_at + 4 * r)
 
 
-def _run(gate_up: Tensor, y: Tensor | None, quantised: tuple[Tensor | None, Tensor | None]) -> None:
+def _run(gate_up: Tensor, y: Tensor | None, quantized: tuple[Tensor | None, Tensor | None]) -> None:
     columns = gate_up.shape[-1] // 2
     rows, is_half = gate_up.numel() // (2 * columns), gate_up.dtype is torch.bfloat16
-    _gate_rows(gate_up.data_ptr(), address(y), address(quantised[0]), address(quantised[1]), rows, columns, is_half)
+    _gate_rows(gate_up.data_ptr(), address(y), address(quantized[0]), address(quantized[1]), rows, columns, is_half)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
@@ -99,16 +99,16 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 def _swiglu_quant(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     if gate_up.dtype not in KNOWN:
         return SWIGLU_QUANT.meaning(gate_up)
-    quantised = empty_quantised((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-    _run(gate_up, None, quantised)
-    return quantised
+    quantized = empty_quantized((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    _run(gate_up, None, quantized)
+    return quantized
 
 
 def _dequant_swiglu_quant(
     acc: Tensor, row_scale: Tensor, column_scale: Tensor, group_sizes: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows, columns = acc.shape[0], acc.shape[1] // 2
-    q, scale = empty_quantised((rows, columns))
+    q, scale = empty_quantized((rows, columns))
     _dequant_rows(
         acc.data_ptr(),
         row_scale.data_ptr(),

@@ -1,4 +1,4 @@
-"""Dynamic quantisation on Ascend."""
+"""Dynamic quantization on Ascend."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

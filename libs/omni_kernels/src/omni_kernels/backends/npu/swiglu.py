@@ -21,7 +21,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _swiglu_quant(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows too wide for the fused call run as the meaning: swiglu alone would round them before quantisation."""
+    """Rows too wide for the fused call run as the meaning: swiglu alone would round them before quantization."""
     if gate_up.shape[-1] > MAX_FUSED_COLUMNS:
         return SWIGLU_QUANT.meaning(gate_up)
     q, scale = torch_npu.npu_swiglu_quant(gate_up, activate_left=True, quant_mode=1, dst_type=torch.int8)

@@ -1,4 +1,4 @@
-"""Ops on single rows: normalisation, gated activation, and dynamic int8 quantisation alone or behind either.
+"""Ops on single rows: normalisation, gated activation, and dynamic int8 quantization alone or behind either.
 
 A program holds a whole row on chip, so each op reads its input once and writes its result once.
 
@@ -19,11 +19,11 @@ from omni_kernels.backends.triton.language import narrow, nearest, power_of_two,
 
 
 @triton.jit
-def _store_quantised(y, is_column, q, scales, row, width, columns):
+def _store_quantized(y, is_column, q, scales, row, width, columns):
     """Row `row` of `y`, 0 outside of `is_column`, as int8 and its scale."""
     scale = tl.max(tl.abs(y), axis=0) / 127.0
-    quantised = nearest(tl.div_rn(y, tl.where(scale == 0.0, 1.0, scale)))
-    tl.store(q + row * width + columns, quantised.to(tl.int8), mask=is_column)
+    quantized = nearest(tl.div_rn(y, tl.where(scale == 0.0, 1.0, scale)))
+    tl.store(q + row * width + columns, quantized.to(tl.int8), mask=is_column)
     tl.store(scales + row, scale)
 
 
@@ -42,7 +42,7 @@ def _norm(
             tl.store(total + row * width + columns, narrow(y, total.dtype.element_ty), mask=is_column)
         y = y * (1.0 / tl.sqrt_rn(tl.sum(y * y, axis=0) / width + eps)) * scale
         if QUANT:
-            _store_quantised(y, is_column, out, scales, row, width, columns)
+            _store_quantized(y, is_column, out, scales, row, width, columns)
         else:
             tl.store(out + row * width + columns, narrow(y, out.dtype.element_ty), mask=is_column)
 
@@ -56,13 +56,13 @@ def _activate(gate_up, out, scales, rows, width, QUANT: tl.constexpr, BLOCK: tl.
         up = tl.load(gate_up + row * 2 * width + width + columns, mask=is_column, other=0.0).to(tl.float32)
         y = gate / (1.0 + tl.exp(-gate)) * up
         if QUANT:
-            _store_quantised(y, is_column, out, scales, row, width, columns)
+            _store_quantized(y, is_column, out, scales, row, width, columns)
         else:
             tl.store(out + row * width + columns, narrow(y, out.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
-def _dequantise_activate(
+def _dequantize_activate(
     acc, row_scale, column_scale, group_sizes, q, scales, rows, width, num_groups,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -79,16 +79,16 @@ def _dequantise_activate(
         gate = gate * tl.load(factors, mask=is_column, other=0.0)
         up = up * tl.load(factors + width, mask=is_column, other=0.0)
         y = tl.where(is_column, gate / (1.0 + tl.exp(-gate)) * up, 0.0)
-        _store_quantised(y, columns < width, q, scales, row, width, columns)
+        _store_quantized(y, columns < width, q, scales, row, width, columns)
 
 
 @triton.jit
-def _quantise(x, q, scales, rows, width, BLOCK: tl.constexpr):
+def _quantize(x, q, scales, rows, width, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     is_column = columns < width
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         y = tl.load(x + row * width + columns, mask=is_column, other=0.0).to(tl.float32)
-        _store_quantised(y, is_column, q, scales, row, width, columns)
+        _store_quantized(y, is_column, q, scales, row, width, columns)
 
 
 def _results(shape: torch.Size, like: Tensor, quant: bool) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ def dequant_swiglu_quant(
     q, scales = _results(torch.Size((rows, width)), acc, quant=True)
     if rows:
         block = power_of_two(width)
-        _dequantise_activate[programs(rows)](
+        _dequantize_activate[programs(rows)](
             acc, row_scale, column_scale, group_sizes, q, scales, rows, width, len(group_sizes),
             GROUPS=power_of_two(len(group_sizes)), BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
@@ -168,7 +168,7 @@ def dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     if rows := scales.numel():
         width = x.shape[-1]
         block = power_of_two(width)
-        _quantise[programs(rows)](x, q, scales, rows, width, BLOCK=block, num_warps=warps(block))
+        _quantize[programs(rows)](x, q, scales, rows, width, BLOCK=block, num_warps=warps(block))
     return q, scales
 
 

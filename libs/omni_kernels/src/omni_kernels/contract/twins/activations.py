@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from omni_kernels.contract.twins.documented import FLOATS, GARBAGE, refuse_given, require, require_dtype
-from omni_kernels.contract.twins.norms import quantised
+from omni_kernels.contract.twins.norms import quantized
 
 
 def _swish(x: Tensor) -> Tensor:
@@ -33,14 +33,14 @@ def npu_swiglu_quant(
     group_list_type: int = 0,
     dst_type: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(int8, scale) of swiglu; the right half is activated unless `activate_left`. Dynamic quantisation only."""
+    """(int8, scale) of swiglu; the right half is activated unless `activate_left`. Dynamic quantization only."""
     refuse_given(smooth_scales=smooth_scales, offsets=offsets, group_index=group_index)
-    require(quant_mode == 1, "quant_mode: static quantisation is not modelled")
+    require(quant_mode == 1, "quant_mode: static quantization is not modelled")
     require(dst_type in (None, torch.int8), "dst_type: not modelled")
     require_dtype("x", x, *FLOATS)
     require(x.ndim > 1 and x.shape[-1] % 2 == 0 and x.shape[-1] <= 8192, "x: last dimension odd or beyond 8192")
     left, right = x.float().chunk(2, -1)
-    return quantised(_swish(left) * right if activate_left else _swish(right) * left)
+    return quantized(_swish(left) * right if activate_left else _swish(right) * left)
 
 
 def npu_dequant_swiglu_quant(
@@ -59,7 +59,7 @@ def npu_dequant_swiglu_quant(
     glu_alpha: float = 1.702,
     glu_bias: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(int8, scale) of swiglu of the dequantised int32 `x`; rows past the groups are left as they were in memory."""
+    """(int8, scale) of swiglu of the dequantized int32 `x`; rows past the groups are left as they were in memory."""
     refuse_given(bias=bias, quant_scale=quant_scale, quant_offset=quant_offset)
     require_dtype("x", x, torch.int32)
     require(weight_scale is not None and activation_scale is not None, "an int32 x needs both scales")
@@ -82,7 +82,7 @@ def npu_dequant_swiglu_quant(
         left, right = (x[rows].float() * weight_scale[group] * activation_scale[rows, None]).chunk(2, -1)
         gated = _swish(left) * right if activate_left else _swish(right) * left
         if count:
-            q[rows], scale[rows] = quantised(gated)
+            q[rows], scale[rows] = quantized(gated)
         start += count
     return q, scale
 

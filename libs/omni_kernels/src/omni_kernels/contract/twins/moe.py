@@ -204,7 +204,7 @@ def npu_grouped_matmul(
     counts = group_list if group_list_type == 1 else group_list.diff(prepend=group_list.new_zeros(1))
     require(bool((counts >= 0).all()) and int(counts.sum()) <= len(rows), "group_list: does not fit the rows")
     if antiquant_scale is not None:
-        matrices, out_dtype = _dequantised(rows, matrices, antiquant_scale[0], antiquant_offset), rows.dtype
+        matrices, out_dtype = _dequantized(rows, matrices, antiquant_scale[0], antiquant_offset), rows.dtype
         require(scale is None and _DTYPES[output_dtype] in (None, rows.dtype), "output_dtype: that of x")
     else:
         out_dtype = _output_dtype(rows, matrices, scale, per_token_scale, output_dtype)
@@ -219,7 +219,7 @@ def npu_grouped_matmul(
     return [out]
 
 
-def _dequantised(x: Tensor, packed: Tensor, scale: Tensor, offset: Sequence[Tensor] | None) -> Tensor:
+def _dequantized(x: Tensor, packed: Tensor, scale: Tensor, offset: Sequence[Tensor] | None) -> Tensor:
     require_dtype("x", x, *HALVES)
     require_dtype("weight", packed, torch.int32)
     require_dtype("antiquant_scale", scale, x.dtype)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation and dynamic quantisation as torch_npu documents them."""
+"""Root-mean-square normalisation and dynamic quantization as torch_npu documents them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     return y, rstd, x
 
 
-def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(int8, float32 scale) of each row of float32 `rows`: scale = max|row| / 127, round(row / scale).
 
     What a row of zeros gives is not documented; it is taken to be 0 with scale 0.
@@ -51,7 +51,7 @@ def npu_dynamic_quant(
     require(dst_type in (None, torch.int8, 1) and quant_mode == "pertoken", "dst_type, quant_mode: not modelled")
     require_dtype("input", input, *HALVES)
     require(input.ndim > 1, "input: must have more than one dimension")
-    return quantised(input.float())
+    return quantized(input.float())
 
 
 def npu_add_rms_norm_dynamic_quant(
@@ -79,7 +79,7 @@ def npu_add_rms_norm_dynamic_quant(
     require(x1.ndim > 1, "x1: must have 2 to 8 dimensions")
     wide = x1.float() + x2.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gamma.float()
-    q, scale = quantised(normed)
+    q, scale = quantized(normed)
     return q, torch.full_like(q[:1].flatten()[:1], GARBAGE), wide.to(x1.dtype), scale, torch.full((1,), torch.nan)
 
 
