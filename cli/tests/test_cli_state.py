@@ -76,7 +76,7 @@ PAUSE = "import signal; print('up', flush=True); signal.pause()"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
 PARENT = f"""
 import signal, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {PAUSE!r}], start_new_session=True)
+child = subprocess.Popen([sys.executable, "-c", {PAUSE!r}], start_new_session=True, stdout=subprocess.DEVNULL)
 print(child.pid, flush=True)
 signal.pause()
 """
