@@ -14,7 +14,7 @@ BUF_VERSION := 1.75.0
 
 BIN := .venv/bin
 OMNI := $(BIN)/omni
-TESTS := $(wildcard proto libs services cli tests)
+TESTS := $(wildcard proto libs services cli bench tests)
 PACKAGES := omni_common omni_engine omni_kernels omni_proxy omni_prefill omni_decode omni_kvstore omni_placement omni_cli
 BUF := .omni/tools/node_modules/.bin/buf
 

@@ -47,7 +47,7 @@ class _Keys:
     def __init__(self, keys: bytes) -> None:
         self._keys = keys
 
-    def of(self, prompt: Sequence[int], block_size: int) -> bytes:
+    def of(self, prompt: Sequence[int], block_size: int, salt: str = "") -> bytes:
         return self._keys
 
 

@@ -46,10 +46,26 @@ class Answer:
         """None if the same; `near_tie` if the first difference is one that bf16 cannot tell; else `wrong`."""
         if (self.text, self.finish, self.tokens) == (reference.text, reference.finish, reference.tokens):
             return None
-        pairs = enumerate(zip(self.text, reference.text, strict=False))
-        same = next((i for i, (one, other) in pairs if one != other), min(len(self.text), len(reference.text)))
-        at = max((i for i, offset in enumerate(reference.offsets) if offset <= same), default=0)
+        at = self._parts_at(reference)
         return "near_tie" if min(reference.margins[at : at + 2], default=1.0) < NEAR_TIE else "wrong"
+
+    def told_beside(self, reference: "Answer") -> str:
+        """For people who look for the cause: where the two part, and how clear that token was."""
+        same, at = self._same_until(reference), self._parts_at(reference)
+        around = slice(max(0, same - 20), same + 40)
+        margins = [round(margin, 2) for margin in reference.margins[max(0, at - 1) : at + 3]]
+        ends = f"{self.finish} after {self.tokens} tokens, not {reference.finish} after {reference.tokens}"
+        return f"{ends}; about token {at} {self.text[around]!r}, not {reference.text[around]!r}; margins {margins}"
+
+    def _same_until(self, reference: "Answer") -> int:
+        """Characters."""
+        pairs = enumerate(zip(self.text, reference.text, strict=False))
+        return next((i for i, (one, other) in pairs if one != other), min(len(self.text), len(reference.text)))
+
+    def _parts_at(self, reference: "Answer") -> int:
+        """The reference's token in which the texts differ first."""
+        same = self._same_until(reference)
+        return max((i for i, offset in enumerate(reference.offsets) if offset <= same), default=0)
 
 
 def questions(seed: int, count: int, is_seeded: bool) -> list[Question]:
@@ -83,6 +99,8 @@ class Clients:
     outcomes: Counter[str] = field(default_factory=Counter)
     ttft_s: list[float] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    """Of complete answers that were."""
 
     async def learn(self, *, margins: bool) -> None:
         """Ask every question while nothing goes wrong.
@@ -142,6 +160,8 @@ class Clients:
             if answer is None:
                 return "abandoned"
             difference = answer.differs(self.right[question])
+            if difference == "wrong":
+                self.wrong.append(answer.told_beside(self.right[question]))
             return {None: "complete", "near_tie": "near_tie"}.get(difference, f"defect: {difference}")
         return "error: no proxy listens"
 

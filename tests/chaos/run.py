@@ -94,7 +94,9 @@ def _report(
         "ttft_ms": {q: round(1e3 * ttft[int(p * (len(ttft) - 1))]) for q, p in _PERCENTILES.items()} if ttft else {},
         "mean_ttft_ms": round(1e3 * statistics.fmean(ttft)) if ttft else 0,
         "counters": dict(sorted(running.seen.items())),
-        "defects": clients.defects + ([f"{after} questions not answered right afterwards"] if after else []),
+        "defects": clients.defects
+        + clients.wrong
+        + ([f"{after} questions not answered right afterwards"] if after else []),
         "leaks": leaks,
     }
 
