@@ -54,22 +54,24 @@ class Share:
     def computed(self, tokens: int) -> None:
         """The prompt is there, after so many of its tokens were computed; the work goes on."""
         self._take_back(0, 0, self._uncached_tokens)
-        if self._computes:
-            self._computes = False
-            self._accounts.prompt_ends(tokens)
+        self._end_prompt(tokens)
 
     def close(self) -> None:
         """The work has ended, however it did."""
         self._take_back(self._prefills, self._sequences, self._uncached_tokens)
-        if self._computes:
-            self._computes = False
-            self._accounts.prompt_ends(None)
+        self._end_prompt(None)
 
     def __enter__(self) -> "Share":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _end_prompt(self, tokens: int | None) -> None:
+        """Once; not for a prompt that is pulled."""
+        if self._computes:
+            self._computes = False
+            self._accounts.prompt_ends(tokens)
 
     def _take_back(self, prefills: int, sequences: int, uncached_tokens: int) -> None:
         self._prefills -= prefills
