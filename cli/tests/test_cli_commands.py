@@ -104,6 +104,11 @@ def test_a_model_whose_files_cannot_be_read_is_named(tmp_path):
         pytest.param(("up", "--host", "192.0.2.1"), "--host 192.0.2.1 --port 8000", id="another machine's address"),
         pytest.param(("up", "--kernels", "fast"), "--kernels 'fast'", id="kernels"),
         pytest.param(("kv", "workers", "--kvstore", "cache"), "--kvstore 'cache': write host:port", id="no port"),
+        pytest.param(("kv", "workers", "--kvstore", "http://kv:1"), "without http://", id="a scheme"),
+        pytest.param(("kv", "workers", "--kvstore", "kv:70000"), "from 1 to 65535", id="no such port"),
+        pytest.param(("workers", "--url", "http://proxy:x"), "--url 'http://proxy:x': write", id="a URL's port"),
+        pytest.param(("chat", "hi", "--url", "proxy:70000"), "--url 'proxy:70000': write", id="a URL's port range"),
+        pytest.param(("kv", "hottest", "--url", "ftp://proxy"), "--url 'ftp://proxy': write", id="a URL's scheme"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, arguments, says):

@@ -1,6 +1,7 @@
 """The whole stack with simulated engines, through the command line only."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ from omni_cli import machine
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).resolve().parents[2]
+NOBODY = "127.0.0.1:1"
 
 
 def omni(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from omni_cli.main import main; main()", *arguments, "--home", str(home)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
+    environ = os.environ | {"OMNI_PROXY_WORKERS": NOBODY}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=150, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,15 @@ def test_status_is_healthy_and_sees_every_worker(stack):
         "kvstore", "placement", "prefill-0", "decode-0", "decode-1", "proxy",
     }  # fmt: skip
     assert len(content["workers"]) == 3
+
+
+def test_status_shows_a_worker_of_the_proxys_settings_that_does_not_answer(stack):
+    home, _ = stack
+    [unmet] = json.loads(omni("status", "--json", home=home).stdout)["stacks"][0]["unreachable"]
+    assert unmet["address"] == NOBODY and unmet["state"].startswith("unreachable")
+    shown = omni("status", home=home)
+    assert "workers the proxy sees: 3 of 3" in shown.stdout
+    assert f"worker at {NOBODY}: unreachable" in shown.stdout
 
 
 def test_chat_answers(stack):

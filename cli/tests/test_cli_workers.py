@@ -1,10 +1,16 @@
-"""`omni workers` against a real worker on a simulated engine and a proxy's page that names it."""
+"""`omni workers` against real workers on simulated engines, and a proxy: its page that names them, or a real one."""
 
 import asyncio
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +19,7 @@ from typer.testing import CliRunner
 
 from omni_cli.main import app
 
+MODEL_DIR = Path(__file__).resolve().parents[2] / "models" / "tiny-moe"
 LOAD = {"running": 3, "waiting": 1, "queued_tokens": 512, "kv_usage": 0.25}
 
 
@@ -102,6 +109,32 @@ def url(worker: _Worker, fixed: _Worker) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address at which nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture
+def proxy(worker: _Worker, nobody: str) -> Iterator[str]:
+    """A proxy whose settings name one worker that is there and two that are not."""
+    settings = {
+        "PORT": "0", "MODEL_DIR": str(MODEL_DIR), "SERVED_MODEL_NAME": "sim",
+        "WORKERS": f"{worker.address},{nobody},[fd00::1]:9",
+    }  # fmt: skip
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("OMNI_")}
+    environ |= {f"OMNI_PROXY_{name}": value for name, value in settings.items()}
+    with subprocess.Popen([sys.executable, "-m", "omni_proxy"], env=environ, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        try:
+            entries = (json.loads(line) for line in process.stderr)
+            yield f"http://127.0.0.1:{next(entry['port'] for entry in entries if entry['message'] == 'serving')}"
+        finally:
+            process.kill()
+
+
 def omni(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["workers", *arguments])
     said = "" if isinstance(result.exception, SystemExit | None) else str(result.exception)
@@ -116,6 +149,24 @@ def test_the_list_shows_roles_groups_and_load(url: str) -> None:
     assert rows["d0"] == ["d0", "decode", "west", "3", "1", "512", "25%", "2", "0.50"]
     assert rows["p0"][-1] == "unreachable"
     assert json.loads(omni("--url", url, "--json")[1])["model"] == "m"
+
+
+def test_workers_of_the_settings_that_do_not_answer_are_shown_with_their_address(proxy: str, nobody: str) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        page = json.loads(omni("--url", proxy, "--json")[1])
+        states = {one["address"]: one["state"] for one in page["unreachable"]}
+        if page["workers"] and "no answer yet" not in states[nobody]:
+            break
+        assert time.monotonic() < deadline, page
+    assert set(states) == {nobody, "[fd00::1]:9"}
+    code, shown = omni("--url", proxy)
+    assert code == 0
+    rows = [line.split() for line in shown.splitlines()]
+    assert rows[1][:2] == [page["workers"][0]["id"], "decode"]
+    assert rows[2:4] == [[nobody, "unreachable"], ["[fd00::1]:9", "unreachable"]]
+    [reason] = [line for line in shown.splitlines() if line.startswith(f"{nobody}: unreachable: ")]
+    assert "no answer yet" not in reason
 
 
 def test_a_role_is_changed_by_command(url: str, worker: _Worker) -> None:

@@ -208,8 +208,6 @@ class SimWorker:
 
     async def _submitted(self, job: engine_ports.DecodeJob, feed: Feed) -> None:
         await self.clock.flows.wait()
-        if job.request_id not in self._feeds:
-            return
         try:
             await self._alive().submit(job, self._on_step)
         except OmniError as error:

@@ -4,6 +4,9 @@ import os
 
 import httpx
 
+from omni_cli.errors import InvalidOptions
+from omni_common.addresses import LAST_PORT
+
 VARIABLE = "OMNI_CLI_API_KEY"
 
 
@@ -14,8 +17,15 @@ def key_headers() -> dict[str, str]:
 
 
 def base_url(given: str) -> str:
-    """`host:port` is taken for http."""
-    return (given if "://" in given else f"http://{given}").rstrip("/")
+    """`host:port` is taken for http. Raises InvalidOptions where no proxy could be."""
+    url = given if "://" in given else f"http://{given}"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > LAST_PORT:
+        raise InvalidOptions(f"--url {given!r}: write http://host:port")
+    return url.rstrip("/")
 
 
 def why(error: Exception) -> str:

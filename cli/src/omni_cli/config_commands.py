@@ -11,7 +11,8 @@ import typer
 
 from omni_cli.errors import CliError, InvalidOptions
 from omni_cli.kv import ProxyPages
-from omni_cli.options import Home, Name, Port, Url, chosen, examples, files_of
+from omni_cli.options import Home, Name, Port, Url, chosen, files_of
+from omni_common.command import examples
 
 CHECKER = "omni_proxy.schedule_config"
 

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from omni_cli.kv import ProxyPages
-from omni_cli.options import AsJson, Home, Name, Port, Url, chosen, examples, files_of
+from omni_cli.options import AsJson, Home, Name, Port, Url, chosen, files_of
+from omni_common.command import examples
 
 PHASES = (
     ("hold", None, "held_ms"),

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.kv import KvStoreClient, Member, ProxyPages, Reached, Verdict
-from omni_cli.options import AsJson, Home, Name, Port, Url, checked_address, chosen, examples, files_of
+from omni_cli.options import AsJson, Home, Name, Port, Url, checked_address, chosen, files_of
+from omni_common.command import examples
 
 EXIT_DIFFERS = 3
 

@@ -22,11 +22,12 @@ from omni_cli.extensions import Commands
 from omni_cli.facts import probe_facts
 from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
-from omni_cli.options import Home, Name, Port, Url, chosen, examples, files_of, logged
+from omni_cli.options import Home, Name, Port, Url, chosen, files_of, logged
 from omni_cli.plan import StackOptions
 from omni_cli.status import read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
 from omni_cli.workers_commands import workers_app
+from omni_common.command import examples
 from omni_common.errors import InvalidRequest, NotFound, OmniError
 
 EXIT_UNHEALTHY = 3

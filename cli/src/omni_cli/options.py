@@ -1,6 +1,5 @@
 """Options that several commands share, and what they mean."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.machine import find_root
 from omni_cli.state import StackState, StateFiles
+from omni_common import addresses
 
 Home = Annotated[
     Path | None,
@@ -18,12 +18,6 @@ Name = Annotated[str | None, typer.Option(help="The stack's name.", show_default
 Port = Annotated[int | None, typer.Option(help="The stack by its port.")]
 Url = Annotated[str | None, typer.Option(help="A proxy: http://host:port.", show_default="the running stack's")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
-ADDRESS = re.compile(r".+:\d{1,5}")
-
-
-def examples(*lines: str, exit_codes: str = "") -> str:
-    head = f"Exit code: {exit_codes}.\n\n" if exit_codes else ""
-    return head + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
 
 
 def files_of(home: Path | None) -> StateFiles:
@@ -64,6 +58,7 @@ def logged(files: StateFiles, name: str | None, port: int | None) -> str:
 
 def checked_address(option: str, given: str) -> str:
     """Raises InvalidOptions where it is not host:port."""
-    if not ADDRESS.fullmatch(given):
-        raise InvalidOptions(f"{option} {given!r}: write host:port")
-    return given
+    try:
+        return addresses.checked_address(given)
+    except ValueError as error:
+        raise InvalidOptions(f"{option} {error}") from None

@@ -78,14 +78,21 @@ def reachable(address: str) -> str:
     return f"127.0.0.1:{port}" if host in ("0.0.0.0", "::", "") else address
 
 
-async def workers_seen(url: str) -> list[dict[str, Any]] | None:
+@dataclass(frozen=True, slots=True)
+class SeenFleet:
+    """What a proxy says of its workers: those it knows, and addresses at which none has answered yet."""
+
+    workers: tuple[dict[str, Any], ...]
+    unreachable: tuple[dict[str, Any], ...]
+
+
+async def fleet_seen(url: str) -> SeenFleet | None:
     """The fleet as the proxy sees it (GET /workers); None if it cannot be asked."""
     try:
         async with httpx.AsyncClient(timeout=PROBE_TIMEOUT_S, trust_env=False, headers=key_headers()) as client:
             response = await client.get(f"{url}/workers")
             response.raise_for_status()
             content = response.json()
-    except (httpx.HTTPError, ValueError):
+        return SeenFleet(tuple(content["workers"]), tuple(content.get("unreachable", ())))
+    except (httpx.HTTPError, ValueError, TypeError, LookupError):
         return None
-    workers = content.get("workers", content.get("data")) if isinstance(content, dict) else content
-    return workers if isinstance(workers, list) else None

@@ -34,7 +34,11 @@ def show_stacks(stacks: Sequence[StackStatus], console: Console) -> None:
             if service.detail:
                 console.print(f"{service.name}: {escape(service.detail)}", highlight=False, soft_wrap=True)
         seen = "cannot be asked" if stack.workers is None else f"{len(stack.workers)} of {stack.expected_workers}"
-        console.print(f"workers the proxy sees: {seen}\n", highlight=False)
+        console.print(f"workers the proxy sees: {seen}", highlight=False)
+        for unmet in stack.unreachable:
+            line = f"worker at {unmet['address']}: {unmet['state']}"
+            console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print()
 
 
 def show_checks(checks: Mapping[str, Check], console: Console) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from omni_cli import processes
 from omni_cli.errors import StartFailed
 from omni_cli.plan import StackPlan
-from omni_cli.probes import Health, Phase, probe, reachable, workers_seen
+from omni_cli.probes import Health, Phase, fleet_seen, probe, reachable
 from omni_cli.processes import Child
 from omni_cli.progress import Progress, Row
 from omni_cli.restarts import RestartPolicy
@@ -152,8 +152,8 @@ class Stack:
 
     async def _sees_all_workers(self) -> bool:
         """A first request sent before the last worker is known would run without it."""
-        seen = await workers_seen(self.url)
-        return seen is None or len(seen) >= self.plan.workers
+        seen = await fleet_seen(self.url)
+        return seen is None or len(seen.workers) >= self.plan.workers
 
     def _row(self, name: str, health: Health) -> Row:
         child = self._children[name]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omni_cli.plan import Probe
-from omni_cli.probes import Health, Phase, probe, reachable, workers_seen
+from omni_cli.probes import Health, Phase, fleet_seen, probe, reachable
 from omni_cli.state import ProcessRecord, StackState
 
 
@@ -25,7 +25,10 @@ class ServiceStatus:
 
 @dataclass(frozen=True, slots=True)
 class StackStatus:
-    """One stack. `workers` is the fleet as the proxy sees it; None if it cannot be asked."""
+    """One stack. `workers` is the fleet as the proxy sees it; None if it cannot be asked.
+
+    `unreachable` are addresses in the proxy's settings at which no worker has answered yet.
+    """
 
     name: str
     url: str
@@ -33,6 +36,7 @@ class StackStatus:
     expected_workers: int
     services: tuple[ServiceStatus, ...]
     workers: tuple[dict[str, Any], ...] | None
+    unreachable: tuple[dict[str, Any], ...] = ()
 
     @property
     def is_healthy(self) -> bool:
@@ -45,12 +49,12 @@ class StackStatus:
 
 async def read_status(state: StackState) -> StackStatus:
     """Probe every process of a stack at once."""
-    services, workers = await asyncio.gather(
-        asyncio.gather(*(_service(record) for record in state.processes)), workers_seen(state.url)
+    services, seen = await asyncio.gather(
+        asyncio.gather(*(_service(record) for record in state.processes)), fleet_seen(state.url)
     )
     supervised = state.supervisor is not None and state.supervisor.process() is not None
-    seen = None if workers is None else tuple(workers)
-    return StackStatus(state.name, state.url, supervised, state.workers, tuple(services), seen)
+    workers, unreachable = (None, ()) if seen is None else (seen.workers, seen.unreachable)
+    return StackStatus(state.name, state.url, supervised, state.workers, tuple(services), workers, unreachable)
 
 
 async def read_all(states: Sequence[StackState]) -> list[StackStatus]:

@@ -41,6 +41,19 @@ class SeenWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class UnmetWorker:
+    """An address in the proxy's settings at which no worker has described itself yet, and why."""
+
+    address: str
+    state: str
+
+    @property
+    def refusal(self) -> str:
+        """The state without its details."""
+        return self.state.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     """What is left on a worker that takes no new work."""
 
@@ -93,6 +106,11 @@ def seen_workers(page: Mapping[str, Any]) -> list[SeenWorker]:
     """By role, then by name."""
     workers = [_seen(entry) for entry in page["workers"]]
     return sorted(workers, key=lambda worker: (list(ROLES).index(worker.role), worker.worker_id))
+
+
+def unmet_workers(page: Mapping[str, Any]) -> list[UnmetWorker]:
+    """In the order of the proxy's settings."""
+    return [UnmetWorker(entry["address"], entry["state"]) for entry in page.get("unreachable", ())]
 
 
 def _seen(entry: Mapping[str, Any]) -> SeenWorker:

@@ -2,18 +2,22 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from omni_cli.options import Home, Name, Port, Url, chosen, examples, files_of
-from omni_cli.workers import ROLES, SeenWorker, WorkersClient, seen_workers
+from omni_cli.options import Home, Name, Port, Url, chosen, files_of
+from omni_cli.workers import ROLES, SeenWorker, WorkersClient, seen_workers, unmet_workers
+from omni_common.command import examples
 
 EXIT_NOT_EMPTY = 3
 PIPE_WIDTH = 200
+HEADINGS = ("worker", "role", "group", "running", "waiting", "queued", "KV", "in flight", "saturation", "")
 
 workers_app = typer.Typer()
 
@@ -38,20 +42,31 @@ def show(
     """The workers: role, group, load, what this proxy has in flight there, and why one takes no work.
 
     `queued` counts prompt tokens to be computed; `load` is the worker's own account, `in flight` the proxy's.
+    A worker of the proxy's settings that has not answered yet is shown by its address, with the reason.
     """
     if context.invoked_subcommand is not None:
         return
     page = asyncio.run(_client(url, home, name, port).page())
     if as_json:
         print(json.dumps(page, indent=2))
-        return
+    else:
+        _show(page)
+
+
+def _show(page: Mapping[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("worker", "role", "group", "running", "waiting", "queued", "KV", "in flight", "saturation", ""):
+    for heading in HEADINGS:
         table.add_column(heading, no_wrap=True)
     for worker in seen_workers(page):
         table.add_row(*_row(worker))
+    unmet = unmet_workers(page)
+    for one in unmet:
+        table.add_row(escape(one.address), *[""] * (len(HEADINGS) - 2), escape(one.refusal))
     # Names are not cut short in a pipe.
-    Console(width=None if Console().is_terminal else PIPE_WIDTH).print(table, highlight=False)
+    console = Console(width=None if Console().is_terminal else PIPE_WIDTH)
+    console.print(table, highlight=False)
+    for one in unmet:
+        console.print(escape(f"{one.address}: {one.state}"), highlight=False, soft_wrap=True)
 
 
 def _row(worker: SeenWorker) -> tuple[str, ...]:

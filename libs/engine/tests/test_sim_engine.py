@@ -128,6 +128,17 @@ async def test_lease_expires_and_can_be_released():
         assert engine.stats().kv_usage == 0
 
 
+async def test_an_abort_ends_the_lease():
+    sampling = SamplingParams(max_tokens=5, ignore_eos=True)
+    async with simulated() as prefill, simulated() as decode:
+        result = await prefill.prefill(PrefillJob("a", PROMPT, sampling))
+        await decode.submit(DecodeJob("a", PROMPT, sampling, kv_handle=result.kv_handle), lambda outputs: None)
+        assert prefill.stats().leases == 1
+        await decode.abort(["a"])
+        await until(lambda: not prefill.stats().leases)
+        assert prefill.stats().kv_usage == decode.stats().kv_usage == 0
+
+
 @pytest.mark.parametrize("fault", ["refused on purpose", "holder gone", "lease gone"])
 async def test_failed_pull_falls_back_to_local_prefill(fault):
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)

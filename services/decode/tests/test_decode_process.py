@@ -79,12 +79,16 @@ async def test_a_dead_engine_ends_the_process_with_1():
             assert await started.wait() == 1
 
 
-async def test_a_misspelt_setting_ends_the_process_with_2():
-    async with process(modle_dir="x") as started:
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [("modle_dir", "x", b"OMNI_DECODE_MODEL_DIR"), ("kvstore", "kv", b"(OMNI_DECODE_KVSTORE): 'kv': write host:port")],
+)
+async def test_a_wrong_setting_ends_the_process_with_2(setting, value, named):
+    async with process(**{setting: value}) as started:
         async with asyncio.timeout(30):
             _, errors = await started.communicate()
         assert started.returncode == 2
-        assert b"OMNI_DECODE_MODEL_DIR" in errors
+        assert named in errors and errors.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,21 @@ def test_settings_out_of_range_are_named(variable, value):
     with pytest.raises(InvalidRequest) as refused:
         Settings.load({f"OMNI_DECODE_{variable}": value})
     assert variable.split("__")[0].lower() in str(refused.value)
+
+
+@pytest.mark.parametrize("variable", ["OMNI_DECODE_KVSTORE", "OMNI_DECODE_PLACEMENT"])
+@pytest.mark.parametrize("address", ["kv", "kv:0", "http://kv:50051", "fd00::1:50051"])
+def test_an_address_without_host_or_port_is_refused_by_name(variable, address):
+    with pytest.raises(InvalidRequest, match=rf"\({variable}\): '{address}': write host:port"):
+        Settings.load({variable: address})
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("node-1", "node-1:7001"), ("fd00::1", "[fd00::1]:7001"), ("[fd00::1]", "[fd00::1]:7001")],
+)
+def test_a_worker_is_reached_by_the_host_it_advertises(host, address):
+    assert Settings.load({"OMNI_DECODE_ADVERTISE_HOST": host}).address_at(7001) == address
 
 
 def test_role_and_name_have_defaults_of_the_service(tmp_path):

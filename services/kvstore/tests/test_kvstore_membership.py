@@ -111,6 +111,7 @@ async def test_old_epochs_leave_does_not_end_the_new_one(replica: Any, info: Any
         pytest.param({"worker_id": "x" * 300}, "info.worker_id", id="long name"),
         pytest.param({"epoch": 0}, "info.epoch", id="no epoch"),
         pytest.param({"address": ""}, "info.address", id="no address"),
+        pytest.param({"address": "fd00::1:7100"}, "info.address", id="IPv6 without brackets"),
     ],
 )
 async def test_unusable_info_is_refused(replica: Any, info: Any, fields: dict[str, Any], field: str) -> None:

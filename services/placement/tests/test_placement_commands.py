@@ -220,6 +220,7 @@ def test_import_converts(load: Path, tmp_path: Path) -> None:
         pytest.param(("show", "LOAD"), "file", "0/1 integers", id="show a load"),
         pytest.param(("show", "a.txt"), "file", ".npy or .json", id="show a text"),
         pytest.param(("show",), "--placement", "host:port", id="no service"),
+        pytest.param(("show", "--placement", "placement"), "--placement", "'placement': write host:port", id="no port"),
         pytest.param(("show", "a.npy", "--history"), "--history", "no history", id="history of a file"),
         pytest.param(("ranks", "--exclude", "1", "--return", "1"), "--return", "in both", id="out and back"),
         pytest.param(("export", "a.csv"), "file", ".npy or .json", id="a layout as a table"),

@@ -214,6 +214,15 @@ async def test_a_submit_that_everyone_rejects_keeps_its_reason(start):
     assert (response.status_code, response.json()["error"]["message"]) == (429, "full")
 
 
+async def test_blocks_that_everyone_rejects_are_freed(start):
+    stack = await start("p d")
+    stack["d"].reject = ("INVALID_ARGUMENT", "min_p cannot be used", "min_p")
+    assert (await stack.chat()).status_code == 400
+    await stack.until_settled()
+    assert stack["d"].submits[0].HasField("kv_handle")
+    assert stack.metric("omni_proxy_kv_releases_total") == 1
+
+
 async def test_what_a_decode_worker_finds_wrong_is_the_callers_to_mend(start):
     stack = await start("d1 d2", reject=("INVALID_ARGUMENT", "min_p cannot be used", "min_p"))
     response = await stack.chat()

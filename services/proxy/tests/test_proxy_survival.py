@@ -171,8 +171,34 @@ async def test_decode_does_not_wait_for_blocks_of_a_worker_gone_quiet(start):
         assert await request == plain
     pulled, computed = stack["d"].submits
     assert (pulled.HasField("kv_handle"), computed.HasField("kv_handle")) == (True, False)
-    assert stack.metric("omni_proxy_kv_releases_total") == 1
+    assert stack.metric("omni_proxy_kv_releases_total") == 0, "decode may be reading: it ends the lease"
     assert stack.metric("omni_proxy_ejections_spared_total", cause="silent") == 1
+    await stack.until_settled()
+
+
+async def test_blocks_that_decode_may_be_reading_are_not_freed_when_the_client_leaves(start):
+    stack = await start("p d", hold_after=1)
+    async with asyncio.timeout(20):
+        request = asyncio.create_task(answer(stack))
+        await stack["d"].held.wait()
+        request.cancel()
+        assert await stack["d"].aborted.get() == stack["d"].submits[0].request_id
+    await stack.until_settled()
+    assert stack["d"].submits[0].HasField("kv_handle")
+    assert stack.metric("omni_proxy_kv_releases_total") == 0
+
+
+async def test_blocks_are_for_one_decode_worker(start):
+    """The first one may read them yet, and ends the lease when it has."""
+    stack = await start("p d1 d2", hold_after=1)
+    plain = await undisturbed(stack)
+    async with asyncio.timeout(20):
+        request = asyncio.create_task(answer(stack))
+        holder, (other,) = await held(stack)
+        holder.breaks.set()
+        assert await request == plain
+    assert (holder.submits[0].HasField("kv_handle"), other.submits[0].HasField("kv_handle")) == (True, False)
+    assert stack.metric("omni_proxy_kv_releases_total") == 0
     await stack.until_settled()
 
 

@@ -1,4 +1,7 @@
-"""The command line of a service: settings come from its environment; `--help` lists them."""
+"""The command line of a service: settings come from its environment; `--help` lists them.
+
+And how the help of commands ends.
+"""
 
 import sys
 import textwrap
@@ -50,6 +53,12 @@ def help_of(cls: type[ServiceSettings], usage: str = "") -> str:
             *_lines(cls, "OMNI_", shared),
         ]
     )
+
+
+def examples(*lines: str, exit_codes: str = "") -> str:
+    """The end of a command's help."""
+    head = f"Exit code: {exit_codes}.\n\n" if exit_codes else ""
+    return head + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
 
 
 def _lines(model: type[BaseModel], prefix: str, names: set[str]) -> Iterator[str]:

@@ -76,7 +76,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class KvHandle:
-    """What another engine needs to pull the blocks of a finished prefill; `opaque` is the connector's own."""
+    """What another engine needs to pull the blocks of a finished prefill; `opaque` is the connector's own.
+
+    `lease_ends_unix_ms` is by the holder's clock; 0 if it does not tell. It is for one puller.
+    """
 
     opaque: bytes
     engine_id: str
@@ -85,6 +88,7 @@ class KvHandle:
     num_blocks: int
     block_size: int
     lease_s: float
+    lease_ends_unix_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from omni_engine.vllm_events import EventReader, KvGroups
 from omni_engine.vllm_experts import AGREE_EVERY_STEPS, NUDGE, Experts
 from omni_engine.vllm_kernels import read_kernel_calls
 from omni_engine.vllm_launch import build, describe
-from omni_engine.vllm_leases import Leases
+from omni_engine.vllm_leases import LEASE_ENDS, Leases
 from omni_engine.vllm_outputs import (
     PendingPrefill,
     RunningSequence,
@@ -135,7 +135,7 @@ class VllmEngine:
             if self._dead.done():
                 raise Unavailable(self._dead.result(), reason="engine_dead") from None
             raise
-        handle = _handle(output, job, self.info, self._settings.lease_s)
+        handle = _handle(output, job, self.info, _granted_s(timestamp_s), self._settings.lease_s)
         if handle is not None:
             leases.grant(handle.lease_id, handle.lease_s)
         stats = output.prefill_stats
@@ -258,7 +258,10 @@ class VllmEngine:
         self._tracker.add(work)
         try:
             await self._llm.engine_core.add_request_async(request)
-        except BaseException:
+        except asyncio.CancelledError:
+            await self._abandon(core_id)  # it may have got there
+            raise
+        except Exception:
             self._tracker.drop(core_id)
             raise
 
@@ -302,6 +305,8 @@ class VllmEngine:
             raise FailedPrecondition(
                 "the blocks were computed under another attention pattern than this engine's", reason="kv_mismatch"
             )
+        if handle.lease_ends_unix_ms:
+            transfer[LEASE_ENDS] = handle.lease_ends_unix_ms / 1000
         return transfer
 
     def _core_id(self, request_id: str) -> str:
@@ -372,7 +377,7 @@ class VllmEngine:
             await self._llm.engine_core.reset_prefix_cache_async()
 
 
-def _handle(output: Any, job: PrefillJob, info: EngineInfo, lease_s: float) -> KvHandle | None:
+def _handle(output: Any, job: PrefillJob, info: EngineInfo, granted_s: float, lease_s: float) -> KvHandle | None:
     transfer = output.kv_transfer_params
     if not transfer or not transfer.get("remote_block_ids") or str(output.finish_reason) != "length":
         return None
@@ -385,7 +390,13 @@ def _handle(output: Any, job: PrefillJob, info: EngineInfo, lease_s: float) -> K
         num_blocks=max(map(len, groups)),
         block_size=info.block_size,
         lease_s=lease_s,
+        lease_ends_unix_ms=int((granted_s + lease_s) * 1000),
     )
+
+
+def _granted_s(timestamp_s: float) -> float:
+    """Unix time of a timestamp of the engine core's, which is on the machine's monotonic clock."""
+    return time.time() - (time.monotonic() - timestamp_s)
 
 
 def _one_line(error: Exception) -> str:

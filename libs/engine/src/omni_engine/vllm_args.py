@@ -178,12 +178,13 @@ def _fixed_role(settings: VllmSettings, role: Role) -> str:
 def _kv_transfer(settings: VllmSettings, role: Role, engine_id: str) -> dict[str, Any]:
     return {
         "kv_connector": settings.kv_connector,
+        "kv_connector_module_path": "omni_engine.vllm_nixl",
         "kv_role": _kv_role(settings, role),
         "engine_id": engine_id,
         "kv_buffer_device": "cpu" if settings.on_cpu else "cuda",
         # A pull that fails is computed again on the decode engine instead of failing the request.
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"kv_lease_duration": int(settings.lease_s)},
+        "kv_connector_extra_config": {"kv_lease_duration": settings.lease_s},
     }
 
 

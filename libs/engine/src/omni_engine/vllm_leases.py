@@ -12,6 +12,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+LEASE_ENDS = "omni_lease_ends_unix_s"
+"""When, in the `kv_transfer_params` of a request that pulls."""
+
 _POLL_S = 0.25
 _RPC_TIMEOUT_S = 10.0
 # The worker learns of a lease one engine step after the frontend; an idle engine steps every millisecond or so.

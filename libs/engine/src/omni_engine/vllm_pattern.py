@@ -78,7 +78,7 @@ def connector(pattern: Pattern, extra: Mapping[str, Any]) -> dict[str, Any]:
     """What changes of the NIXL connector's configuration, whose extra configuration is `extra`."""
     return {
         "kv_connector": "SinkRecentNixlConnector",
-        "kv_connector_module_path": "omni_kernels.vllm.omni_attn.connector",
+        "kv_connector_module_path": "omni_engine.vllm_nixl_pattern",
         "kv_connector_extra_config": {**extra, KEY: pattern.digest},
     }
 

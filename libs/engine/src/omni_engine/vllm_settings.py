@@ -49,7 +49,7 @@ class VllmSettings(BaseModel):
     kv_progress_interval_us: int = Field(
         500, ge=0, description="How long the KV connector's progress thread sleeps when idle; 0 spins on a core"
     )
-    lease_s: float = Field(30.0, ge=6, description="How long a finished prefill's blocks wait to be pulled")
+    lease_s: int = Field(30, ge=6, description="How long a finished prefill's blocks wait to be pulled")
     kv_events: bool = True
     warmup_tokens: int = Field(200, ge=0, description="Length of the warm-up prompt; 0 skips the warm-up")
     start_timeout_s: float = Field(600.0, gt=0)

@@ -2,6 +2,7 @@
 
 from omni.engine.v1 import engine_pb2
 from omni.kvstore.v1 import kvstore_service_pb2 as pb
+from omni_common.addresses import checked_address
 from omni_common.blocks import KEY_BYTES
 from omni_common.errors import InvalidRequest
 from omni_kvstore.blocks import Action, Batch, BlockChange, BlockEvent, Match, pack_positions, unpack_positions
@@ -25,8 +26,10 @@ def worker_from_wire(info: engine_pb2.WorkerInfo, draining: bool) -> Worker:
     """Raises `InvalidRequest` naming the field that is missing or out of range."""
     if not 0 < len(info.worker_id.encode()) <= MAX_NAME_BYTES:
         raise InvalidRequest(f"worker_id must have 1 to {MAX_NAME_BYTES} bytes", field="info.worker_id")
-    if not info.address:
-        raise InvalidRequest("address must be host:port", field="info.address")
+    try:
+        checked_address(info.address)
+    except ValueError as error:
+        raise InvalidRequest(f"address {error}", field="info.address") from None
     if not 0 < info.epoch <= MAX_EPOCH:
         raise InvalidRequest(f"epoch must be 1 to {MAX_EPOCH}, not {info.epoch}", field="info.epoch")
     payload = info.SerializeToString(deterministic=True)

@@ -22,11 +22,16 @@ FINAL = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNAUTHENTICATED, 
 
 @dataclass(slots=True)
 class Lease:
-    """Blocks that wait on a prefill worker, until decode has pulled them or they are given up."""
+    """Blocks that wait on a prefill worker, until decode has pulled them or they are given up.
+
+    `is_told`: a decode worker was told of them and may be reading, even if nothing is heard of it. It ends the lease
+    itself. Blocks freed under its hands would be another request's by the time it reads them.
+    """
 
     handle: KvHandle
     worker: Worker
     port: PrefillPort
+    is_told: bool = False
 
 
 class Course:
@@ -96,9 +101,9 @@ class Course:
         self.scheduler.metrics.retries.labels(leg).inc()
 
     def give_up_lease(self) -> None:
-        """Nobody will pull the blocks any more."""
+        """Nobody else will be told of the blocks."""
         lease, self.lease = self.lease, None
-        if lease is not None:
+        if lease is not None and not lease.is_told:
             lease.port.release(lease.handle.lease_id)
             self.scheduler.metrics.releases.inc()
 

@@ -122,6 +122,10 @@ class Decoding:
         `fruitless`: legs in a row, this one included, that brought no token.
         """
         error, course = _error_of(end), self._course
+        if end.rejected and course.lease is not None:
+            course.lease.is_told = False
+        else:
+            course.give_up_lease()
         if error.code in FINAL:
             raise error
         if error.reason == _DIVERGED:
@@ -132,9 +136,7 @@ class Decoding:
         if not fruitless:
             # Those that broke earlier have had the time of a few tokens to recover.
             course.excluded.clear()
-        if error.reason == _HOLDER_QUIET:
-            course.give_up_lease()
-        else:
+        if error.reason != _HOLDER_QUIET:
             course.excluded.add(member.worker.id)
         if end.rejected and not self._has_another():
             if not course.sent:
@@ -207,6 +209,8 @@ class Decoding:
         except OmniError as error:
             attempt.failed(error)
             raise
+        if handle is not None and course.lease is not None:
+            course.lease.is_told = True
         stack.callback(decode.abort, feed)
         self._mark = None if handle else stack.enter_context(foresight.mark(worker))
         course.record.decode_worker = worker.id
@@ -242,7 +246,7 @@ class Decoding:
         return tokens[count:], rows[count:]
 
     def _note_start(self, feed: Feed, worker: Worker) -> None:
-        """The pull is over: the holder has freed the blocks, or the worker did without them."""
+        """The pull is over: the worker has ended the lease, or did without the blocks."""
         start, feed.start = feed.start, None
         assert start is not None
         course, record = self._course, self._course.record
@@ -253,8 +257,8 @@ class Decoding:
         if course.lease is not None and start.fell_back:
             record.fell_back = True
             course.scheduler.metrics.health.fallbacks.inc()
-            course.give_up_lease()
-        course.lease = None
+            course.lease.is_told = False
+        course.give_up_lease()
         record.queue_ms += start.timings.queue_ms
         record.transfer_ms += start.timings.transfer_ms
         if self._mark is not None:

@@ -40,7 +40,7 @@ class LogprobRow:
 
 @dataclass(frozen=True, slots=True)
 class KvHandle:
-    """Leased blocks of a finished prefill; `opaque` is the connector's own."""
+    """Leased blocks of a finished prefill, for one decode worker; `opaque` is the connector's own."""
 
     opaque: bytes
     engine_id: str
@@ -49,6 +49,7 @@ class KvHandle:
     num_blocks: int
     block_size: int
     lease_s: float
+    lease_ends_unix_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,15 @@
 """Settings of the proxy: `OMNI_PROXY_<FIELD>`."""
 
-import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from omni_common.addresses import checked_address
 from omni_common.settings import ServiceSettings
 from omni_proxy.health import HealthSettings
 from omni_proxy.hedging import HedgingSettings
 from omni_proxy.scheduling.policies import policies
-
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 class Settings(ServiceSettings):
@@ -81,11 +79,7 @@ class Settings(ServiceSettings):
     @field_validator("kvstore", "workers")
     @classmethod
     def _addresses(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        for address in given:
-            found = _ADDRESS.fullmatch(address)
-            if found is None or not 1 <= int(found[1]) <= 65535:
-                raise ValueError(f"{address!r} is no address: write host:port, or [IPv6]:port")
-        return given
+        return tuple(map(checked_address, given))
 
     @field_validator("workers")
     @classmethod

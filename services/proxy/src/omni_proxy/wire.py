@@ -207,6 +207,7 @@ def _handle_to_wire(handle: KvHandle) -> kv_pb2.KvHandle:
         num_tokens=handle.num_tokens,
         num_blocks=handle.num_blocks,
         lease_s=handle.lease_s,
+        lease_ends_unix_ms=handle.lease_ends_unix_ms,
         block_size=handle.block_size,
     )
 
@@ -220,4 +221,5 @@ def _handle_from_wire(message: kv_pb2.KvHandle) -> KvHandle:
         num_blocks=message.num_blocks,
         block_size=message.block_size,
         lease_s=message.lease_s,
+        lease_ends_unix_ms=message.lease_ends_unix_ms,
     )

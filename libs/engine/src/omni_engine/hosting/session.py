@@ -134,7 +134,7 @@ class Session:
             async with asyncio.timeout(self._host.limits.submit_timeout_s):
                 await self._host.engine.submit(job, self._on_step)
         except TimeoutError:
-            self._refuse(sequence, Unavailable("the engine did not accept the sequence in time", reason="engine_slow"))
+            self._fail(sequence, "engine_slow")
         except OmniError as error:
             self._refuse(sequence, error)
         if sequence.has_ended:
@@ -212,8 +212,7 @@ class Session:
 
     def _on_deadline(self, sequence: SessionSequence) -> None:
         self._host.metrics.aborted("deadline")
-        self._finish(sequence, FinishReason.ERROR, "deadline")
-        self.outbox.step_done()
+        self._fail(sequence, "deadline")
         self._host.background.spawn(self._host.engine.abort([sequence.engine_id]), "abort-deadline")
 
     def _abort(self, sequences: list[SessionSequence], cause: str) -> None:
@@ -227,6 +226,12 @@ class Session:
     def _overrun(self) -> None:
         self._host.metrics.session_overrun()
         self._abort(list(self._by_stream.values()), "session_overrun")
+
+    def _fail(self, sequence: SessionSequence, detail: str) -> None:
+        """End one that the engine may have taken, and may read blocks for."""
+        if not sequence.has_ended:
+            self._finish(sequence, FinishReason.ERROR, detail)
+            self.outbox.step_done()
 
     def _refuse(self, sequence: SessionSequence, error: OmniError) -> None:
         if not sequence.has_ended:

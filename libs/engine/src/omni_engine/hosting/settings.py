@@ -4,8 +4,9 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from omni_common.addresses import checked_address
 from omni_common.settings import ServiceSettings
 from omni_engine.sim.settings import SimSettings
 from omni_engine.vllm_settings import VllmSettings
@@ -49,6 +50,11 @@ class WorkerSettings(ServiceSettings):
     load_interval_s: float = Field(5.0, gt=0, description="Expert load is reported in windows of this length")
     move_timeout_s: float = Field(60.0, gt=0, description="How long the engine may take for one round of expert moves")
 
+    @field_validator("kvstore", "placement")
+    @classmethod
+    def _is_address(cls, given: str) -> str:
+        return given and checked_address(given)
+
     @property
     def published_labels(self) -> dict[str, str]:
         """The labels, the group among them."""
@@ -65,4 +71,6 @@ class WorkerSettings(ServiceSettings):
 
     def address_at(self, port: int) -> str:
         """Where other services reach the worker once its port is known."""
-        return f"{self.advertise_host or self.host}:{port}"
+        host = self.advertise_host or self.host
+        is_bare_ipv6 = ":" in host and not host.startswith("[")
+        return f"[{host}]:{port}" if is_bare_ipv6 else f"{host}:{port}"

@@ -70,6 +70,7 @@ def handle_from_wire(message: kv_pb2.KvHandle) -> ports.KvHandle:
         num_blocks=message.num_blocks,
         block_size=message.block_size,
         lease_s=message.lease_s,
+        lease_ends_unix_ms=message.lease_ends_unix_ms,
     )
 
 
@@ -81,6 +82,7 @@ def handle_to_wire(handle: ports.KvHandle) -> kv_pb2.KvHandle:
         num_tokens=handle.num_tokens,
         num_blocks=handle.num_blocks,
         lease_s=handle.lease_s,
+        lease_ends_unix_ms=handle.lease_ends_unix_ms,
         block_size=handle.block_size,
     )
 

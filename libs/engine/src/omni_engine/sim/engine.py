@@ -1,6 +1,7 @@
 """SimEngine: the `Engine` port over a scheduler, a clock and a timing model."""
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -41,6 +42,7 @@ class SimEngine:
         self._events: asyncio.Queue[EventBatch] | None = None
         self._event_sequence = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._ending: set[asyncio.Task[None]] = set()
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._step_ms = 0.0
         self._steps = 0
@@ -116,6 +118,8 @@ class SimEngine:
             if sequence is None:
                 continue
             self._drop(sequence)
+            if sequence.handle is not None:
+                self._end_lease_of(sequence.handle)
             if sequence.result is not None and not sequence.result.done():
                 sequence.result.set_exception(Cancelled("the prefill was aborted"))
 
@@ -162,9 +166,9 @@ class SimEngine:
         pulls = [s.pull for s in self._scheduler.pulling if s.pull is not None]
         for sequence in list(self._by_id.values()):
             self._drop(sequence)
-        for task in self._tasks:
+        for task in (*self._tasks, *self._ending):
             task.cancel()
-        if owned := [*self._tasks, *pulls]:
+        if owned := [*self._tasks, *self._ending, *pulls]:
             await asyncio.wait(owned)
         if self._experts is not None:
             self._experts.end("the engine was closed")
@@ -235,6 +239,17 @@ class SimEngine:
             sequence.pull.cancel()
         self._scheduler.pool.release(self._scheduler.remove(sequence))
         self._work.set()
+
+    def _end_lease_of(self, handle: KvHandle) -> None:
+        """Tell the holder that the blocks will not be pulled: whoever sent the sequence may not know."""
+
+        async def end() -> None:
+            with contextlib.suppress(Unavailable):
+                await (await open_pull(handle, self._settings.pull_timeout_s)).close()
+
+        task = self._spawn(end(), "sim-unpulled")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     def _free_lease(self, lease_id: str) -> None:
         self._leases.free(lease_id)

@@ -53,6 +53,7 @@ class Scheduler:
         """The pull ended with `num_tokens` of the prompt here; the rest is computed."""
         self.pulling.remove(sequence)
         self.running.append(sequence)
+        sequence.handle = None
         sequence.computed = max(sequence.computed, min(num_tokens, len(sequence.tokens) - 1))
         self._register(sequence)
 
@@ -100,7 +101,6 @@ class Scheduler:
             if sequence.handle is not None:
                 self.pulling.append(sequence)
                 step.pulls.append((sequence, sequence.handle))
-                sequence.handle = None
                 continue
             self.running.append(sequence)
             count = min(sequence.uncomputed, budget)

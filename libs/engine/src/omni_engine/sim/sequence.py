@@ -12,6 +12,7 @@ class SimSequence:
     """`computed` of `tokens` have their keys and values in `blocks`; times are on the engine's clock.
 
     `believed_tokens` of the prompt count as queued until it runs. `traffic_class` decides which experts it prefers.
+    `handle` is of blocks that were not pulled yet.
     """
 
     request_id: str

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13omni/kv/v1/kv.proto\x12\nomni.kv.v1\"\x8c\x01\n\x08KvHandle\x12\x0e\n\x06opaque\x18\x01 \x01(\x0c\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x0f\n\x07lease_s\x18\x06 \x01(\x01\x12\x12\n\nblock_size\x18\x07 \x01(\r*e\n\x06Medium\x12\x16\n\x12MEDIUM_UNSPECIFIED\x10\x00\x12\x0e\n\nMEDIUM_HBM\x10\x01\x12\x0f\n\x0bMEDIUM_HOST\x10\x02\x12\x0f\n\x0bMEDIUM_DISK\x10\x03\x12\x11\n\rMEDIUM_REMOTE\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13omni/kv/v1/kv.proto\x12\nomni.kv.v1\"\xa8\x01\n\x08KvHandle\x12\x0e\n\x06opaque\x18\x01 \x01(\x0c\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x0f\n\x07lease_s\x18\x06 \x01(\x01\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x1a\n\x12lease_ends_unix_ms\x18\x08 \x01(\x04*e\n\x06Medium\x12\x16\n\x12MEDIUM_UNSPECIFIED\x10\x00\x12\x0e\n\nMEDIUM_HBM\x10\x01\x12\x0f\n\x0bMEDIUM_HOST\x10\x02\x12\x0f\n\x0bMEDIUM_DISK\x10\x03\x12\x11\n\rMEDIUM_REMOTE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omni.kv.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEDIUM']._serialized_start=178
-  _globals['_MEDIUM']._serialized_end=279
+  _globals['_MEDIUM']._serialized_start=206
+  _globals['_MEDIUM']._serialized_end=307
   _globals['_KVHANDLE']._serialized_start=36
-  _globals['_KVHANDLE']._serialized_end=176
+  _globals['_KVHANDLE']._serialized_end=204
 # @@protoc_insertion_point(module_scope)

@@ -19,7 +19,7 @@ MEDIUM_DISK: Medium
 MEDIUM_REMOTE: Medium
 
 class KvHandle(_message.Message):
-    __slots__ = ("opaque", "engine_id", "lease_id", "num_tokens", "num_blocks", "lease_s", "block_size")
+    __slots__ = ("opaque", "engine_id", "lease_id", "num_tokens", "num_blocks", "lease_s", "block_size", "lease_ends_unix_ms")
     OPAQUE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class KvHandle(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ENDS_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     opaque: bytes
     engine_id: str
     lease_id: str
@@ -34,4 +35,5 @@ class KvHandle(_message.Message):
     num_blocks: int
     lease_s: float
     block_size: int
-    def __init__(self, opaque: _Optional[bytes] = ..., engine_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., lease_s: _Optional[float] = ..., block_size: _Optional[int] = ...) -> None: ...
+    lease_ends_unix_ms: int
+    def __init__(self, opaque: _Optional[bytes] = ..., engine_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., lease_s: _Optional[float] = ..., block_size: _Optional[int] = ..., lease_ends_unix_ms: _Optional[int] = ...) -> None: ...

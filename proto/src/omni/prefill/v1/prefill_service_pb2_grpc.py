@@ -59,7 +59,8 @@ class PrefillServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseKv(self, request, context):
-        """End a lease early. Unknown leases are answered with released = false.
+        """End a lease early. Unknown leases are answered with released = false. Not for a lease that a decode engine was
+        told of and may still read: that engine ends it, when it has pulled or its sequence is aborted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import typer
 
+from omni_common.addresses import checked_address
 from omni_common.errors import InvalidRequest, NotFound
 from omni_placement.commands import formats
 from omni_placement.commands.client import PlacementService, load_from_wire
@@ -30,13 +31,21 @@ class Where:
     home: Path | None
 
     def service(self, context: typer.Context) -> PlacementService:
-        """Raises what `omni` raises where no stack is meant, and `InvalidRequest` where it is not `omni` that asks."""
+        """Raises what `omni` raises where no stack is meant, and `InvalidRequest` where it is not `omni` that asks
+        or the address is none."""
         if self.address is not None:
-            return PlacementService(self.address)
+            return PlacementService(_checked(self.address))
         services: Any = context.obj
         if services is None:
             raise InvalidRequest("which service? Give --placement host:port", field="--placement")
         return PlacementService(services.address_of("placement", name=self.name, port=self.port, home=self.home))
+
+
+def _checked(address: str) -> str:
+    try:
+        return checked_address(address)
+    except ValueError as error:
+        raise InvalidRequest(f"--placement {error}", field="--placement") from None
 
 
 @dataclass(frozen=True, slots=True)

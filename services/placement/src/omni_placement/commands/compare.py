@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from omni_common.command import examples
 from omni_common.errors import InvalidRequest
 from omni_placement.commands import formats, options
 from omni_placement.commands.asked import Asked, Limits, Sources, Where, asked
-from omni_placement.commands.options import examples, numbers, pins, refusals
+from omni_placement.commands.options import numbers, pins, refusals
 from omni_placement.commands.tables import headline, show_solvers
 from omni_placement.commands.terminal import wide_console
 from omni_placement.commands.work import Shape, Steps, drawing, solve, start, steps, study

@@ -9,12 +9,13 @@ import numpy as np
 import typer
 
 from omni.placement.v1 import placement_service_pb2 as pb
+from omni_common.command import examples
 from omni_common.errors import InvalidRequest, NotFound
 from omni_placement.commands import formats, options
 from omni_placement.commands.asked import Where
 from omni_placement.commands.client import load_from_wire, named_from_wire
 from omni_placement.commands.formats import Named
-from omni_placement.commands.options import examples, refusals
+from omni_placement.commands.options import refusals
 from omni_placement.commands.work import steps
 from omni_placement.load import Phase
 from omni_placement.report.units import size

@@ -137,12 +137,6 @@ REPEATED = re.compile(r"(\d+)(?:x(\d+))?")
 PIN = re.compile(r"(\d+):(\d+):(\d+)")
 
 
-def examples(*lines: str, exit_codes: str = "") -> str:
-    """The end of a command's help."""
-    head = f"Exit code: {exit_codes}.\n\n" if exit_codes else ""
-    return head + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
-
-
 @contextmanager
 def refusals() -> Iterator[None]:
     """Errors name the option to change instead of a field."""

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from omni_common.command import examples
 from omni_placement.commands import formats, options
 from omni_placement.commands.asked import Limits, Sources, Where, asked
-from omni_placement.commands.options import examples, numbers, pins, refusals
+from omni_placement.commands.options import numbers, pins, refusals
 from omni_placement.commands.tables import show_study
 from omni_placement.commands.work import Shape, drawing, solve, start, steps, study
 from omni_placement.report.summary import summary

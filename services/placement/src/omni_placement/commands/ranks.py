@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from omni_common.command import examples
 from omni_common.errors import InvalidRequest
 from omni_placement.commands import options
 from omni_placement.commands.asked import Where
-from omni_placement.commands.options import examples, numbers, refusals
+from omni_placement.commands.options import numbers, refusals
 
 ROLLBACK_EPILOG = examples(
     "omni placement rollback",

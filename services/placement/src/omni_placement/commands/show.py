@@ -9,13 +9,14 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from omni_common.command import examples
 from omni_common.errors import InvalidRequest
 from omni_placement.commands import formats, options
 from omni_placement.commands.asked import Where, command
 from omni_placement.commands.client import PlacementService, load_from_wire
 from omni_placement.commands.formats import Named
 from omni_placement.commands.listing import Listing, history_of, listing_of, show_listing, worker_of
-from omni_placement.commands.options import examples, refusals
+from omni_placement.commands.options import refusals
 from omni_placement.commands.tables import headline
 from omni_placement.commands.terminal import show_counts, show_pairs, show_relative
 from omni_placement.commands.work import drawing, start, steps, study
