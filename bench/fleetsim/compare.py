@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -60,7 +61,13 @@ class Runner:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        return list(self._pool.map(_run, tasks))
+        """One after another says on stderr that it is done: all of them may take an hour."""
+        outcomes = []
+        for number, (task, outcome) in enumerate(zip(tasks, self._pool.map(_run, tasks), strict=True), 1):
+            outcomes.append(outcome)
+            title = f"{task.scene.title} at {task.speed:g}x, {task.system}, seed {task.scene.seed}"
+            print(f"{number}/{len(tasks)}  {title}", file=sys.stderr, flush=True)
+        return outcomes
 
     def levels(self, scene: Scene, speeds: Mapping[str, float], systems: Sequence[str], seeds: int) -> list[Level]:
         """`speeds` by the level's title. A seed means the same arrivals and noise for every system."""
