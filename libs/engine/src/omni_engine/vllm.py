@@ -40,7 +40,7 @@ from omni_engine.vllm_events import EventReader, KvGroups
 from omni_engine.vllm_experts import AGREE_EVERY_STEPS, NUDGE, Experts
 from omni_engine.vllm_kernels import read_kernel_calls
 from omni_engine.vllm_launch import build, describe
-from omni_engine.vllm_leases import LEASE_ENDS, Leases
+from omni_engine.vllm_leases import CLOCKS_DIFFER_S, LEASE_ENDS, Leases
 from omni_engine.vllm_outputs import (
     PendingPrefill,
     RunningSequence,
@@ -132,6 +132,8 @@ class VllmEngine:
             output, timestamp_s = await done
         except asyncio.CancelledError:
             await self._abandon(core_id)
+            if done.done() and not done.cancelled() and done.exception() is None:
+                self._disown(done.result()[0])
             if self._dead.done():
                 raise Unavailable(self._dead.result(), reason="engine_dead") from None
             raise
@@ -306,7 +308,7 @@ class VllmEngine:
                 "the blocks were computed under another attention pattern than this engine's", reason="kv_mismatch"
             )
         if handle.lease_ends_unix_ms:
-            transfer[LEASE_ENDS] = handle.lease_ends_unix_ms / 1000
+            transfer[LEASE_ENDS] = _trusted_end_s(handle)
         return transfer
 
     def _core_id(self, request_id: str) -> str:
@@ -392,6 +394,12 @@ def _handle(output: Any, job: PrefillJob, info: EngineInfo, granted_s: float, le
         lease_s=lease_s,
         lease_ends_unix_ms=int((granted_s + lease_s) * 1000),
     )
+
+
+def _trusted_end_s(handle: KvHandle) -> float:
+    """Unix time until when its blocks may be used; 0 where the clocks differ, as a grant in the future shows."""
+    ends_s = handle.lease_ends_unix_ms / 1000
+    return ends_s if ends_s - handle.lease_s < time.time() + CLOCKS_DIFFER_S else 0.0
 
 
 def _granted_s(timestamp_s: float) -> float:

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 LEASE_ENDS = "omni_lease_ends_unix_s"
 """When, in the `kv_transfer_params` of a request that pulls."""
+CLOCKS_DIFFER_S = 1.0
+"""At most, between the machines of two engines."""
 
 _POLL_S = 0.25
 _RPC_TIMEOUT_S = 10.0

@@ -6,19 +6,15 @@ can only log that it happened.
 """
 
 import logging
-import math
 import time
 from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl
 
-from omni_engine.vllm_leases import LEASE_ENDS
+from omni_engine.vllm_leases import CLOCKS_DIFFER_S, LEASE_ENDS
 
 log = logging.getLogger(__name__)
-
-_CLOCKS_DIFFER_S = 1.0
-_REPORTS_FAILURES = hasattr(nixl.NixlConnector, "get_transfer_results")  # vLLM 0.32
 
 
 class UntilLeaseEnds:
@@ -32,26 +28,46 @@ class UntilLeaseEnds:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._ends_s: dict[str, float] = {}
+        self._pulls: dict[str, tuple[float, set[int]]] = {}
+        self._late_blocks: set[int] = set()
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        ends = _ends_of(self.connector_scheduler) if _REPORTS_FAILURES else {}
+        ends = _ends_of(self.connector_scheduler)
         metadata: Any = super().build_connector_meta(scheduler_output)  # type: ignore[misc]
         metadata.omni_lease_ends_s = ends
         return metadata
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self._ends_s |= self._connector_metadata.omni_lease_ends_s
+        metadata = self._connector_metadata
+        for name, ends_s in metadata.omni_lease_ends_s.items():
+            groups = metadata.reqs_to_recv[name].local_block_ids
+            self._pulls[name] = ends_s, set(groups[0]) if len(groups) == 1 else set()
         super().start_load_kv(forward_context, **kwargs)  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         results: Any = super().get_transfer_results(finished_req_ids)  # type: ignore[misc]
-        now_s = time.time() + _CLOCKS_DIFFER_S
-        late = {name for name in results.finished_recving if self._ends_s.pop(name, math.inf) < now_s}
-        if not late - results.failed_recving:
-            return results
-        log.warning("pulled after the lease had ended; computed again", extra={"requests": len(late)})
-        return replace(results, failed_recving=results.failed_recving | late)
+        late = self._late(results.finished_recving)
+        return replace(results, failed_recving=results.failed_recving | late.keys()) if late else results
+
+    def get_finished(self, finished_req_ids: set[str]) -> Any:
+        """What vLLM 0.27 asks instead; it is told of failures by blocks, of models with one group of layers only."""
+        sent, received = super().get_finished(finished_req_ids)  # type: ignore[misc]
+        self._late_blocks.update(*self._late(received).values())
+        return sent, received
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        late, self._late_blocks = self._late_blocks, set()
+        failed: set[int] = super().get_block_ids_with_load_errors()  # type: ignore[misc]
+        return failed | late
+
+    def _late(self, received: set[str]) -> dict[str, set[int]]:
+        """Blocks of the pulls that ended too late."""
+        now_s = time.time() + CLOCKS_DIFFER_S
+        pulls = {name: self._pulls.pop(name) for name in received & self._pulls.keys()}
+        late = {name: blocks for name, (ends_s, blocks) in pulls.items() if ends_s < now_s}
+        if late:
+            log.warning("pulled after the lease had ended; computed again", extra={"requests": len(late)})
+        return late
 
 
 class NixlConnector(UntilLeaseEnds, nixl.NixlConnector):  # type: ignore[misc]
@@ -62,6 +78,6 @@ def _ends_of(scheduler: Any) -> dict[str, float]:
     """Of the pulls that the workers are about to be told of, request id -> Unix seconds."""
     return {
         name: request.kv_transfer_params[LEASE_ENDS]
-        for name, (request, _, _, awaits_blocks) in scheduler._reqs_need_recv.items()
-        if awaits_blocks and LEASE_ENDS in request.kv_transfer_params
+        for name, (request, blocks, *_) in scheduler._reqs_need_recv.items()
+        if any(blocks) and LEASE_ENDS in request.kv_transfer_params
     }

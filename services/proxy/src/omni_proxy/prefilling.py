@@ -120,10 +120,15 @@ class Prefilling:
         """Cancel what still runs, and free what was computed for nobody."""
         for leg in legs:
             leg.cancel()
-        await asyncio.gather(*legs, return_exceptions=True)
-        for leg in legs:
-            if leg is not chosen and _has_answer(leg) and leg.result().give_up():
-                self._course.scheduler.metrics.releases.inc()
+        try:
+            await asyncio.gather(*legs, return_exceptions=True)
+        except asyncio.CancelledError:
+            chosen = None
+            raise
+        finally:
+            for leg in legs:
+                if leg is not chosen and _has_answer(leg) and leg.result().give_up():
+                    self._course.scheduler.metrics.releases.inc()
 
     async def _leg(self, member: Member, predicted_ms: float) -> Prefilled:
         port, worker, foresight = member.prefill, member.worker, self._course.foresight
