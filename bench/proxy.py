@@ -22,7 +22,8 @@ from rich.console import Console
 from sidebyside.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("load", "latency")
+SECTIONS = ("load", "latency", "gaps")
+QUICK_SECTIONS = ("load", "latency")
 STREAMS = "1,8,64,256,512,1000"
 QUICK_STREAMS = "1,64,512"
 PACKAGES = ("grpcio", "protobuf", "uvloop", "uvicorn", "httptools", "fastapi", "orjson", "omni-proxy")
@@ -43,7 +44,7 @@ def main(
 ) -> None:
     """Measure the proxy alone on one core."""
     console = Console(stderr=True, log_path=False, width=140)
-    sections = only.split(",") if only else list(SECTIONS)
+    sections = only.split(",") if only else list(QUICK_SECTIONS if quick else SECTIONS)
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise typer.BadParameter(f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every process is ended on the way out
@@ -64,7 +65,7 @@ def main(
         bench = Bench(wishes)
         try:
             for section in sections:
-                {"load": bench.load, "latency": bench.latency}[section]()
+                {"load": bench.load, "latency": bench.latency, "gaps": bench.gaps}[section]()
             if profile:
                 bench.profile()
         except Broken as error:

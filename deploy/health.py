@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from omni_common.rpc import channel
+from omni_common.rpc_errors import why
 
 TIMEOUT_S = 5.0
 
@@ -26,7 +27,7 @@ async def serves(settings: Any) -> bool:
         try:
             answer = await check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            print(f"gRPC health: {error.code().name}")
+            print(f"gRPC health: {error.code().name} {why(error)}")
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 

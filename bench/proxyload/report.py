@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from proxyload.runs import PROFILED_STREAMS, REFERENCES, Point, Results, Wishes
+from proxyload.runs import LOW_LOAD_TOKENS, PROFILED_STREAMS, REFERENCES, WAYS, Point, Results, Wishes
 
 GOAL_TOKENS_PER_S = 40_000
 GOAL_TTFT_MS = 1.5
@@ -57,36 +57,47 @@ def cost_of(results: Results, wishes: Wishes) -> tuple[float, float]:
 
 def latency_rows(results: Results) -> Rows:
     rows: Rows = [
-        ("fleet", "way", "TTFT median, ms", "TTFT p99, ms", "ITL median, ms", "ITL p99, ms", "core used by server")
+        ("fleet", "way", "TTFT median, ms", "TTFT p99, ms", "ITL median, ms", "ITL p99, ms", "CPU per answer, ms")
     ]
     for fleet, ways in results.latency.items():
         for way, points in ways.items():
+            cpu_ms = median(points, lambda p: p.server_us_per_token) * LOW_LOAD_TOKENS / 1e3
             rows.append((
                 fleet,
-                "through the proxy" if way == "proxy" else "worker asked directly",
+                WAYS[way],
                 f"{median(points, lambda p: p.ttft_ms['p50']):.2f}",
                 f"{median(points, lambda p: p.ttft_ms['p99']):.2f}",
                 f"{median(points, lambda p: p.itl_ms['p50']):.2f}",
                 f"{median(points, lambda p: p.itl_ms['p99']):.2f}",
-                _share(points, lambda p: p.server_share),
+                "" if way == "direct" else f"{cpu_ms:.1f}",
             ))  # fmt: skip
-        rows.append((
-            fleet,
-            "added",
-            *(f"{added(ways, metric, quantile):+.2f}" for metric in ("ttft", "itl") for quantile in ("p50", "p99")),
-            "",
-        ))  # fmt: skip
+        for way, least in (("relay", "direct"), ("proxy", "relay"), ("proxy", "direct")):
+            quantiles = [(metric, quantile) for metric in ("ttft", "itl") for quantile in ("p50", "p99")]
+            title = f"added by the {way}" + (" beyond the relay" if least == "relay" else "")
+            rows.append((fleet, title, *(f"{added(ways, *each, way, least):+.2f}" for each in quantiles), ""))
     return rows
 
 
-def added(ways: Mapping[str, Sequence[Point]], metric: str, quantile: str) -> float:
-    """Median over rounds of what the proxy added to a quantile beside the direct window of the same round, in ms."""
+def gap_rows(results: Results) -> Rows:
+    ways = [way for way in WAYS if way != "direct"]
+    head = ("mean gap, ms", *(f"TTFT {WAYS[way]}, ms" for way in WAYS), *(f"CPU {WAYS[way]}, ms" for way in ways))
+    rows: Rows = [head]
+    for gap_ms, taken in results.gaps.items():
+        ttft = [f"{median(taken[way], lambda p: p.ttft_ms['p50']):.2f}" for way in WAYS]
+        cpu = [f"{median(taken[way], lambda p: p.server_us_per_token) / 1e3:.2f}" for way in ways]
+        rows.append((f"{gap_ms}", *ttft, *cpu))
+    return rows
+
+
+def added(
+    ways: Mapping[str, Sequence[Point]], metric: str, quantile: str, way: str = "proxy", least: str = "direct"
+) -> float:
+    """Median over rounds of what a way adds to a quantile beside another one's window of the same round, in ms."""
 
     def value(point: Point) -> float:
         return float((point.ttft_ms if metric == "ttft" else point.itl_ms)[quantile])
 
-    pairs = zip(ways["proxy"], ways["direct"], strict=True)
-    return statistics.median(value(proxy) - value(direct) for proxy, direct in pairs)
+    return statistics.median(value(more) - value(less) for more, less in zip(ways[way], ways[least], strict=True))
 
 
 def profile_rows(results: Results) -> Rows:
@@ -119,6 +130,8 @@ def tables(results: Results) -> dict[str, Rows]:
         found["Saturation"] = load_rows(results)
     if results.latency:
         found["Latency at a low load"] = latency_rows(results)
+    if results.gaps:
+        found["A request by the time since the one before"] = gap_rows(results)
     if results.profile:
         found[f"Profile at {PROFILED_STREAMS} streams"] = profile_rows(results)
     return found | {"Goals": goal_rows(results)}
@@ -161,6 +174,7 @@ def as_json(results: Results) -> dict[str, Any]:
         ],
         "short_answers": [asdict(p) for p in results.short],
         "latency": {f: {w: [asdict(p) for p in points] for w, points in d.items()} for f, d in results.latency.items()},
+        "gaps": {gap: {w: [asdict(p) for p in points] for w, points in d.items()} for gap, d in results.gaps.items()},
         "profile": [{"function": where, "calls": calls, "own_s": own_s} for where, calls, own_s in results.profile],
     }
 

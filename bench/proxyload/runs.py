@@ -26,9 +26,12 @@ LOW_LOAD_STEP_MS = 20.0
 LOW_LOAD_TOKENS = 32
 # So that requests do not come together, which sequences that end in one frame otherwise cause.
 LOW_LOAD_THINK_S = 0.2
+GAPS_MS = (1, 3, 10, 30, 100)
+"""Means of the time between an answer and the next request."""
 PROFILED_STREAMS = 64
 _START_S = 0.003
 """More warming up for each stream: all of them open at once and have to have begun."""
+WAYS = {"direct": "worker asked directly", "relay": "through the thinnest relay", "proxy": "through the proxy"}
 REFERENCES = {"asgi": "raw ASGI route, same HTTP server", "protocol": "bare asyncio.Protocol"}
 
 
@@ -68,11 +71,12 @@ class Point:
 
 @dataclass(slots=True)
 class Results:
-    """Windows by row name and streams, in the order they were taken; the profile as (function, calls, seconds)."""
+    """Windows by row name and streams, by fleet and way, by gap and way; the profile as (function, calls, seconds)."""
 
     load: dict[tuple[str, int], list[Point]] = field(default_factory=dict)
     short: list[Point] = field(default_factory=list)
     latency: dict[str, dict[str, list[Point]]] = field(default_factory=dict)
+    gaps: dict[int, dict[str, list[Point]]] = field(default_factory=dict)
     profile: list[tuple[str, float, float]] = field(default_factory=list)
     profiled_tokens: float = 0.0
 
@@ -122,18 +126,28 @@ class Bench:
                         self.results.load.setdefault((name, count), []).append(point)
 
     def latency(self) -> None:
-        """Few streams and a step every 20 ms, through the proxy and without it, in turns."""
+        """Few streams and a step every 20 ms; the ways take turns."""
         for name, roles in (("one worker", ("both",)), ("prefill apart", ("prefill", "decode"))):
-            taken: dict[str, list[Point]] = {"direct": [], "proxy": []}
-            with self._proxy(dict.fromkeys(roles, LOW_LOAD_STEP_MS)) as proxy:
+            taken: dict[str, list[Point]] = {way: [] for way in WAYS}
+            with self._proxy(dict.fromkeys(roles, LOW_LOAD_STEP_MS)) as proxy, self._relay(proxy) as relay:
                 for _ in range(self._wishes.repeats):
-                    for way in taken:
-                        module = "proxyload.client" if way == "proxy" else "proxyload.direct"
-                        taken[way].append(self._low_load(module, proxy))
+                    for way, points in taken.items():
+                        served = relay if way == "relay" else proxy
+                        points.append(self._answers(way, served, LOW_LOAD_STREAMS, LOW_LOAD_TOKENS, LOW_LOAD_THINK_S))
             self.results.latency[name] = taken
 
-    def _low_load(self, module: str, served: "_Served") -> Point:
-        return self._window(module, served, LOW_LOAD_STREAMS, LOW_LOAD_TOKENS, LOW_LOAD_THINK_S)
+    def gaps(self) -> None:
+        """One stream of one-token answers, by the time between two of them: what it takes to come back to."""
+        with self._proxy({"both": LOW_LOAD_STEP_MS}) as proxy, self._relay(proxy) as relay:
+            for _ in range(self._wishes.repeats):
+                for gap_ms in GAPS_MS:
+                    for way in WAYS:
+                        point = self._answers(way, relay if way == "relay" else proxy, 1, 1, 2 * gap_ms / 1e3)
+                        self.results.gaps.setdefault(gap_ms, {}).setdefault(way, []).append(point)
+
+    def _answers(self, way: str, served: "_Served", streams: int, tokens: int, think_s: float) -> Point:
+        module = "proxyload.direct" if way == "direct" else "proxyload.client"
+        return self._window(module, served, streams, tokens, think_s)
 
     def profile(self) -> None:
         """The proxy under cProfile, by functions' own time."""
@@ -190,6 +204,16 @@ class Bench:
             wait_ready(port, [server])
             yield _Served(server, port, [], {}, False)
 
+    @contextmanager
+    def _relay(self, proxy: "_Served") -> "Iterator[_Served]":
+        """The thinnest relay, before the proxy's workers."""
+        wishes, port = self._wishes, free_port()
+        log = wishes.logs / "relay.log"
+        with started("proxy", "proxyload.relay", (str(port),), wishes.cores.server, log) as server:
+            server.tell({"model_dir": str(wishes.model_dir), **_legs(proxy.addresses)})
+            wait_ready(port, [server])
+            yield _Served(server, port, proxy.workers, proxy.addresses, False)
+
     def _window(self, module: str, served: "_Served", streams: int, max_tokens: int, think_s: float = 0.0) -> Point:
         wishes = self._wishes
         duties = {
@@ -206,8 +230,7 @@ class Bench:
             "desynchronise": served.addresses != {},
             "warm_s": wishes.warm_s + streams * _START_S,
             "measure_s": wishes.measure_s,
-            "decode": served.addresses.get("decode", served.addresses.get("both")),
-            "prefill": served.addresses.get("prefill"),
+            **_legs(served.addresses),
         }
         log = wishes.logs / "client.log"
         with started("client", module, (), wishes.cores.client, log, talks=True) as client:
@@ -232,6 +255,11 @@ class _Served:
     def signal(self, mark: str) -> None:
         if self.is_profiled:
             self.server.popen.send_signal(signal.SIGUSR1 if mark == "begin" else signal.SIGUSR2)
+
+
+def _legs(addresses: Mapping[str, str]) -> dict[str, str | None]:
+    """Who decodes and, where that is another worker, who prefills."""
+    return {"decode": addresses.get("decode", addresses.get("both")), "prefill": addresses.get("prefill")}
 
 
 def point_of(begin: Marks, end: Marks, seen: Mapping[str, Any]) -> Point:

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from proxyload.client import Plan, Seen, Stream, text_of
 from proxyload.processes import Cores, Marks
 from proxyload.reference import events_of
+from proxyload.relay import Answer
 from proxyload.report import added, cost_of, tables
 from proxyload.runs import Point, Results, Wishes, point_of
 from proxyload.worker import Running
 
 from omni.decode.v1 import decode_service_pb2 as decode_pb
 from omni.engine.v1 import engine_pb2
+from omni_proxy.detokenize import ByteLevelDetokenizer
+from omni_proxy.eager_send import EagerSend
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -74,6 +77,27 @@ async def test_an_error_status_fails_the_run() -> None:
         failed.result()
 
 
+async def test_the_relay_s_answer_is_what_the_client_counts_and_checks() -> None:
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    texts = ["a", "\N{SNOWMAN}", "\n"]
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    answer = Answer(EagerSend(send), ByteLevelDetokenizer([text.encode() for text in texts]))
+    for token_id in range(len(texts)):
+        answer.show(token_id)
+    await answer.end()
+    assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * 4
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(m["body"]), m["body"]) for m in sent[1:])
+    stream, seen, _ = stream_of(texts, failed)
+    for _ in range(2):
+        stream.data_received(HEAD + chunks + b"0\r\n\r\n")
+    assert not failed.done()
+    assert (seen.answers, seen.wrong_answers, seen.events) == (2, 0, 6)
+
+
 def submit(stream_id: int, tokens: int) -> decode_pb.SessionRequest:
     sampling = engine_pb2.Sampling(max_tokens=tokens)
     return decode_pb.SessionRequest(submit=decode_pb.Submit(stream_id=stream_id, sampling=sampling))
@@ -120,6 +144,26 @@ def test_added_latency_pairs_windows_of_a_round() -> None:
     direct = [point(ttft_ms={"p50": v}) for v in (1.0, 5.0, 1.0)]
     proxy = [point(ttft_ms={"p50": v}) for v in (2.0, 6.1, 2.2)]
     assert added({"direct": direct, "proxy": proxy}, "ttft", "p50") == pytest.approx(1.1)
+
+
+def test_the_relay_splits_what_is_added() -> None:
+    ways = {
+        "direct": [point(ttft_ms={"p50": v, "p99": v}) for v in (1.0, 5.0)],
+        "relay": [point(ttft_ms={"p50": v, "p99": v}) for v in (1.5, 5.5)],
+        "proxy": [point(ttft_ms={"p50": v, "p99": v}, server_us_per_token=100.0) for v in (3.5, 7.5)],
+    }
+    rows = {row[1]: row[2:] for row in tables(Results(latency={"one worker": ways}))["Latency at a low load"]}
+    assert rows["added by the relay"][0] == "+0.50"
+    assert rows["added by the proxy beyond the relay"][0] == "+2.00"
+    assert rows["added by the proxy"][0] == "+2.50"
+    assert rows["through the proxy"][-1] == "3.2"
+
+
+def test_requests_are_shown_by_the_time_between_them() -> None:
+    ways = {way: [point(ttft_ms={"p50": ms}, server_us_per_token=1e3 * ms)] for way, ms in
+            (("direct", 0.3), ("relay", 0.7), ("proxy", 1.8))}  # fmt: skip
+    table = tables(Results(gaps={10: ways}))["A request by the time since the one before"]
+    assert table[1:] == [("10", "0.30", "0.70", "1.80", "0.70", "1.80")]
 
 
 def test_a_window_s_figures_come_from_its_marks() -> None:

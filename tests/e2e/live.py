@@ -77,12 +77,13 @@ class LiveStack:
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = model.name
         self._home = home
+        self._environ = os.environ | EAGER | (environ or {})
         self._log = (home / "up.log").open("wb")
         command = [str(OMNI), "up", "--name", self.name, "--port", str(self.port), "--home", str(home), "--no-ask"]
         self._up = subprocess.Popen(
             [*command, "--model", str(model), *arguments],
             cwd=ROOT,
-            env=os.environ | EAGER | (environ or {}),
+            env=self._environ,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -100,7 +101,9 @@ class LiveStack:
 
     def omni(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = [str(OMNI), *arguments, "--name", self.name, "--home", str(self._home)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=check)
+        return subprocess.run(
+            command, cwd=ROOT, env=self._environ, capture_output=True, text=True, timeout=60, check=check
+        )
 
     def processes(self) -> dict[str, dict[str, Any]]:
         """Name -> record of state.json: pid, address."""

@@ -1,19 +1,32 @@
-"""How a proxy is reached: its URL, the key it may ask for, and what to say where it cannot be."""
+"""How a proxy is reached: its URL, the key it may ask for, whom to trust, and what to say where it cannot be."""
 
 import os
+import ssl
+from typing import Any
 
 import httpx
 
 from omni_cli.errors import InvalidOptions
 from omni_common.addresses import LAST_PORT
+from omni_common.settings import tls_of_command
 
 VARIABLE = "OMNI_CLI_API_KEY"
+_HINTS = {
+    "CERTIFICATE_VERIFY_FAILED": "is its authority in OMNI_TLS__CA_FILE?",
+    "WRONG_VERSION_NUMBER": "it answers without TLS; write http://",
+    "Server disconnected without sending a response": "does it want https://?",
+}
+"""What httpx says where the two sides do not agree on TLS."""
 
 
-def key_headers() -> dict[str, str]:
-    """Headers of every request to a proxy; none while the variable is not set."""
+def http_options() -> dict[str, Any]:
+    """Of every HTTP client: the key, where it is set, and the authorities of this machine and of OMNI_TLS__CA_FILE."""
     key = os.environ.get(VARIABLE)
-    return {"authorization": f"Bearer {key}"} if key else {}
+    trusted = ssl.create_default_context()
+    if authority := tls_of_command().ca_file:
+        trusted.load_verify_locations(authority)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return {"trust_env": False, "verify": trusted, "headers": headers}
 
 
 def base_url(given: str) -> str:
@@ -28,8 +41,14 @@ def base_url(given: str) -> str:
     return url.rstrip("/")
 
 
+def tls_failure(error: httpx.HTTPError) -> str:
+    """What to look at where the two sides did not agree on TLS; empty where nothing points to that."""
+    return next((hint for sign, hint in _HINTS.items() if sign in str(error)), "")
+
+
 def why(error: Exception) -> str:
     """Why a request to a proxy brought no answer."""
     if isinstance(error, httpx.HTTPError):
-        return str(error) or type(error).__name__
+        said, hint = str(error) or type(error).__name__, tls_failure(error)
+        return f"{said}: {hint}" if hint else said
     return "the answer is not a proxy's"

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from omni_cli.access import base_url, key_headers, why
+from omni_cli.access import base_url, http_options, why
 from omni_cli.errors import NoAnswer
 
 CONNECT_TIMEOUT_S = 5.0
@@ -39,7 +39,7 @@ class ChatClient:
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
         self._url = base_url(url)
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        self._client = httpx.Client(timeout=timeout, trust_env=False, headers=key_headers())
+        self._client = httpx.Client(timeout=timeout, **http_options())
 
     def close(self) -> None:
         self._client.close()

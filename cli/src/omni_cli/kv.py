@@ -15,11 +15,13 @@ from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
 from omni.kv.v1 import kv_pb2
 from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceStub
-from omni_cli.access import base_url, key_headers, why
+from omni_cli.access import base_url, http_options, why
 from omni_cli.errors import NoAnswer
 from omni_cli.probes import reachable
+from omni_common import rpc_errors
 from omni_common.blocks import KEY_BYTES
 from omni_common.rpc import channel
+from omni_common.settings import tls_of_command
 
 ASK_TIMEOUT_S = 30.0
 Held = set[tuple[int, bytes]]
@@ -94,7 +96,7 @@ class KvStoreClient:
 
     async def _ask(self, call: Callable[[Any], Awaitable[Any]]) -> Any:
         try:
-            async with channel(self._address) as connected, asyncio.timeout(ASK_TIMEOUT_S):
+            async with channel(self._address, tls=tls_of_command()) as connected, asyncio.timeout(ASK_TIMEOUT_S):
                 return await call(KvStoreServiceStub(connected))  # type: ignore[no-untyped-call]
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             raise NoAnswer(f"kvstore at {self._address}: {_why(error)}") from None
@@ -116,7 +118,7 @@ class KvStoreClient:
 
     async def _difference(self, member: Member) -> tuple[Held, Held, int, int]:
         stored = await self.held(member.worker_id)
-        async with channel(member.address) as connected, asyncio.timeout(ASK_TIMEOUT_S):
+        async with channel(member.address, tls=tls_of_command()) as connected, asyncio.timeout(ASK_TIMEOUT_S):
             stub: Any = WorkerServiceStub(connected)  # type: ignore[no-untyped-call]
             held = await _collected(stub.ListBlocks(worker_pb.ListBlocksRequest()))
         return held - stored, stored - held, len(held), len(stored)
@@ -151,7 +153,7 @@ class ProxyPages:
 
     async def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
-            async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, trust_env=False, headers=key_headers()) as client:
+            async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, **http_options()) as client:
                 response = await client.request(method, self._url + path, **options)
                 content: dict[str, Any] = response.json()
         except (httpx.HTTPError, ValueError) as error:
@@ -194,5 +196,5 @@ def _member(state: kvstore_pb.WorkerState) -> Member:
 
 def _why(error: Exception) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
+        return f"{error.code().name}: {rpc_errors.why(error)}"
     return f"no answer within {ASK_TIMEOUT_S:.0f} s"

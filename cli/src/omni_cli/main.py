@@ -117,6 +117,7 @@ def up(
         expert_ranks=expert_ranks, spare_experts=spare_experts, kernels=kernels,
         speculative=speculative,
         attention_pattern=attention_pattern.resolve() if attention_pattern else None,
+        https=any(os.environ.get(f"{prefix}TLS__CERT_FILE") for prefix in ("OMNI_", "OMNI_PROXY_")),
     )  # fmt: skip
     bringup = Bringup(detach=detach, timeout_s=timeout_s, ask=ask)
     asyncio.run(bring_up(options, bringup, files, root, os.environ, Console()))

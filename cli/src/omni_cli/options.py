@@ -16,7 +16,7 @@ Home = Annotated[
 ]
 Name = Annotated[str | None, typer.Option(help="The stack's name.", show_default="p<port>, or the only stack")]
 Port = Annotated[int | None, typer.Option(help="The stack by its port.")]
-Url = Annotated[str | None, typer.Option(help="A proxy: http://host:port.", show_default="the running stack's")]
+Url = Annotated[str | None, typer.Option(help="A proxy: http(s)://host:port.", show_default="the running stack's")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 

@@ -25,6 +25,7 @@ class Probe(StrEnum):
 
     GRPC_HEALTH = "grpc"
     HTTP_READY = "http"
+    HTTPS_READY = "https"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class StackOptions:
     kernels: str = "vllm"
     speculative: str | None = None
     attention_pattern: Path | None = None
+    https: bool = False
 
     @property
     def engines(self) -> int:
@@ -101,7 +103,7 @@ class StackPlan:
 
     @property
     def url(self) -> str:
-        return f"http://{self.specs[-1].address}"
+        return f"{self.specs[-1].probe}://{self.specs[-1].address}"
 
 
 def plan_stack(options: StackOptions, machine: Machine, ports: Iterator[int]) -> StackPlan:
@@ -291,4 +293,5 @@ def _proxy(options: StackOptions, kvstore: str) -> ProcessSpec:
         "OMNI_PROXY_KVSTORE": kvstore,
         "OMNI_PROXY_MODEL_DIR": str(options.model_dir),
     }
-    return ProcessSpec("proxy", "proxy", environment, options.host, options.port, probe=Probe.HTTP_READY)
+    probe = Probe.HTTPS_READY if options.https else Probe.HTTP_READY
+    return ProcessSpec("proxy", "proxy", environment, options.host, options.port, probe=probe)

@@ -51,8 +51,8 @@ class Stack:
         self._has_answered: set[str] = set()
         self.is_healthy = False
         supervisor = processes.own_record() if supervised else None
-        host_port = reachable(plan.url.removeprefix("http://"))
-        self.state = StackState(plan.name, f"http://{host_port}", plan.workers, supervisor=supervisor)
+        scheme, _, address = plan.url.partition("://")
+        self.state = StackState(plan.name, f"{scheme}://{reachable(address)}", plan.workers, supervisor=supervisor)
 
     @property
     def url(self) -> str:

@@ -70,6 +70,6 @@ async def _service(record: ProcessRecord) -> ServiceStatus:
 
 def _metrics(record: ProcessRecord) -> str | None:
     """The proxy's are on its own port."""
-    if record.probe == Probe.HTTP_READY:
-        return f"http://{reachable(record.address)}/metrics"
+    if record.probe in (Probe.HTTP_READY, Probe.HTTPS_READY):
+        return f"{record.probe}://{reachable(record.address)}/metrics"
     return f"http://127.0.0.1:{record.metrics_port}/metrics" if record.metrics_port else None

@@ -13,6 +13,7 @@ from omni_cli.errors import InvalidOptions, NoAnswer
 from omni_cli.kv import ProxyPages
 from omni_common.rpc import channel
 from omni_common.rpc_errors import from_rpc_error
+from omni_common.settings import tls_of_command
 
 ASK_TIMEOUT_S = 10.0
 GROUP_LABEL = "omni.group"
@@ -87,7 +88,7 @@ class WorkersClient:
     async def _command(self, worker_id: str, timeout_s: float, method: str, request: Any) -> Any:
         address = await self._address(worker_id)
         try:
-            async with channel(address) as connected:
+            async with channel(address, tls=tls_of_command()) as connected:
                 stub: Any = WorkerServiceStub(connected)  # type: ignore[no-untyped-call]
                 call: Callable[..., Awaitable[Any]] = getattr(stub, method)
                 return await call(request, timeout=timeout_s)

@@ -58,6 +58,12 @@ def test_numbers_stay_text_where_the_field_takes_text() -> None:
         pytest.param({"OMNI_PROXY_PART__SIZE": "x"}, ["'part.size'", "(OMNI_PROXY_PART__SIZE)"], id="wrong part"),
         pytest.param({"OMNI_TLS__CERT_FILE": __file__}, ["(OMNI_PROXY_TLS__*)", "key_file"], id="half a pair"),
         pytest.param({"OMNI_TLS__CA_FILE": "/does/not/exist"}, ["OMNI_PROXY_TLS__CA_FILE"], id="no such file"),
+        pytest.param({"OMNI_TLS__CA_FILE": __file__}, ["OMNI_PROXY_TLS__CA_FILE", "no certificates"], id="no PEM"),
+        pytest.param(
+            {"OMNI_TLS__CERT_FILE": __file__, "OMNI_TLS__KEY_FILE": __file__},
+            ["(OMNI_PROXY_TLS__*)", "no certificate and its key"],
+            id="no pair",
+        ),
         pytest.param({"OMNI_PROXY_CONFIG": "/does/not/exist"}, ["OMNI_PROXY_CONFIG"], id="missing file"),
     ],
 )

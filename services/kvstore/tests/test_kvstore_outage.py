@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 
-from omni_common.errors import InvalidRequest
+from omni_common.errors import InvalidRequest, Unavailable
+from omni_kvstore.metrics import Metrics
 from omni_kvstore.settings import Settings
+from omni_kvstore.store import Limits, RedisStore
 
 
 async def test_redis_killed_and_restarted_empty(
@@ -83,6 +86,19 @@ async def test_starts_without_redis_and_serves_once_it_answers(
         stopped_redis.start()
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
         await view.until(lambda v: not v.degraded and set(v.workers) == {"w1"})
+
+
+class _HangsUp:
+    """A client as uvloop has it where Redis ends the connection while it opens, as with TLS on one side only."""
+
+    async def evalsha(self, *arguments: Any) -> Any:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+
+async def test_a_connection_that_ends_while_it_opens_is_an_outage() -> None:
+    store = RedisStore(_HangsUp(), "c", Limits(1000, 1000, 10, 10, 10), Metrics(CollectorRegistry()))  # type: ignore[arg-type]
+    with pytest.raises(Unavailable, match="the handler is closed"):
+        await store.load()
 
 
 async def test_emptied_redis_is_noticed_without_a_broken_connection(

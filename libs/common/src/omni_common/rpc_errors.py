@@ -9,6 +9,19 @@ from google.rpc import error_details_pb2, status_pb2
 
 from omni_common.errors import OmniError, error_of
 
+_NOT_OPENED = "failed to connect to all addresses"
+_ENDED = (
+    "it ended the handshake: it may ask for TLS (OMNI_TLS__CA_FILE), or for a client certificate of its authority "
+    "(OMNI_TLS__CERT_FILE)"
+)
+_HANDSHAKES = {
+    "WRONG_VERSION_NUMBER": "it answers without TLS, and here OMNI_TLS__CA_FILE is set",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not valid for the authority in OMNI_TLS__CA_FILE",
+    "Hostname Verification Check failed": "its certificate (OMNI_TLS__CERT_FILE there) does not name the host asked",
+    "Socket closed": _ENDED,
+    "Connection reset by peer": _ENDED,
+}
+"""What gRPC says of a connection that did not come about, and which setting it means."""
 _DOMAIN = "omni"
 _DETAILS_KEY = "grpc-status-details-bin"
 
@@ -35,6 +48,18 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: OmniError) -
     await context.abort(grpc.StatusCode[error.code.name], error.message, trailing)
 
 
+def handshake_failure(error: grpc.aio.AioRpcError) -> str:
+    """Why the two sides could not agree on TLS, and which setting is about it; empty where nothing points to that."""
+    said = error.details() or ""
+    return next((hint for sign, hint in _HANDSHAKES.items() if sign in said), "") if _NOT_OPENED in said else ""
+
+
+def why(error: grpc.aio.AioRpcError) -> str:
+    """What a failed call says, for a reader; with the setting to look at where the connection failed for TLS."""
+    hint, said = handshake_failure(error), error.details() or ""
+    return f"{hint} ({said})" if hint else said
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError) -> OmniError:
     """The error a failed call stands for, with field and retry delay where the server sent them."""
     field, reason, retry_after_s = None, "", None
@@ -54,7 +79,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> OmniError:
                 field = bad.field_violations[0].field
             elif detail.Unpack(retry):
                 retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
-    return error_of(error.code().name, error.details() or "", field=field, reason=reason, retry_after_s=retry_after_s)
+    return error_of(error.code().name, why(error), field=field, reason=reason, retry_after_s=retry_after_s)
 
 
 def _packed(detail: Any) -> AnyMessage:

@@ -4,14 +4,25 @@ Precedence: `OMNI_<SERVICE>_<FIELD>`, then `OMNI_<FIELD>` for the fields every s
 YAML file named by `OMNI_<SERVICE>_CONFIG`, then defaults. Nested fields join with a double underscore.
 """
 
+import contextlib
 import difflib
 import os
-from collections.abc import Mapping
+import ssl
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FilePath, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FilePath,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from omni_common.errors import InvalidRequest
 
@@ -27,10 +38,24 @@ class TlsSettings(BaseModel):
     key_file: FilePath | None = Field(default=None, description="Its private key")
     ca_file: FilePath | None = Field(default=None, description="Authority that the other side's certificate must be of")
 
+    @field_validator("ca_file")
+    @classmethod
+    def _is_authority(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            with _told_as(f"{path} holds no certificates in PEM"):
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        return path
+
     @model_validator(mode="after")
-    def _has_both(self) -> Self:
-        if (self.cert_file is None) != (self.key_file is None):
+    def _is_pair(self) -> Self:
+        if self.cert_file is None and self.key_file is None:
+            return self
+        if self.cert_file is None or self.key_file is None:
             raise ValueError("cert_file and key_file need each other")
+        with _told_as(f"{self.cert_file} and {self.key_file} are no certificate and its key, unencrypted, in PEM"):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # Without a password OpenSSL would ask the terminal for one.
+            context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")
         return self
 
 
@@ -71,9 +96,30 @@ class ServiceSettings(BaseModel):
             ) from None
 
 
+class _CommandSettings(ServiceSettings):
+    service = "cli"
+
+
+def tls_of_command(environ: Mapping[str, str] | None = None) -> TlsSettings:
+    """How a command reaches services: `OMNI_CLI_TLS__*`, or `OMNI_TLS__*` as services have it; raises as `load`."""
+    environ = os.environ if environ is None else environ
+    prefixes = ("OMNI_CLI_TLS__", "OMNI_TLS__")
+    return _CommandSettings.load({name: raw for name, raw in environ.items() if name.startswith(prefixes)}).tls
+
+
 def part_of(annotation: Any) -> type[BaseModel] | None:
     """The model of a field that has parts."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+@contextlib.contextmanager
+def _told_as(message: str) -> Iterator[None]:
+    """A file that TLS cannot use is a wrong setting, whatever the reason."""
+    try:
+        yield
+    except OSError as error:  # of which `ssl.SSLError` is one
+        said = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        raise ValueError(f"{message}: {said}" if said else message) from None
 
 
 def _variable(cls: type[ServiceSettings], loc: tuple[int | str, ...]) -> str:

@@ -22,6 +22,8 @@ from omni_kvstore.schema import SCHEMA, SCRIPTS, Keys, namespace, script
 PART_BLOCKS = 1024
 PAGE_BLOCKS = 2048
 EVENTS_PER_READ = 256
+_CLOSED = "the handler is closed"
+"""In uvloop's RuntimeError for a connection that Redis ended before anything was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +218,10 @@ class RedisStore:
             yield
         except ResponseError as error:
             raise Unavailable(f"Redis refused {operation}: {error}", reason="redis_refused") from error
-        except (RedisError, OSError) as error:
-            message = f"Redis cannot be reached: {type(error).__name__}"
+        except (RedisError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and _CLOSED not in str(error):
+                raise
+            message = f"Redis cannot be reached: {str(error) or type(error).__name__}"
             raise Unavailable(message, reason="redis_unreachable", retry_after_s=1.0) from error
         _honour_cancel()
         self._metrics.redis_seconds.labels(operation).observe(time.perf_counter() - start_s)

@@ -6,6 +6,7 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -27,6 +28,19 @@ tenth of the time under 1,000 streams went into looking at them again and again,
 for a tenth of a second."""
 _LAST_CALL_S = 0.5
 """How long those who connected just before the end have to send their request, which is refused with a reason."""
+
+
+class _Handshakes(ssl.SSLObject):
+    """Tells of clients that cannot agree on TLS, such as those that write http:// for https://."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            log.info("TLS handshake failed", extra={"reason": error.reason})
+            raise
 
 
 class _Server(uvicorn.Server):
@@ -64,7 +78,7 @@ async def serve(settings: Settings) -> None:
 
 
 def _config(settings: Settings, app: object) -> uvicorn.Config:
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         host=settings.host,
         port=settings.port,
@@ -82,6 +96,10 @@ def _config(settings: Settings, app: object) -> uvicorn.Config:
         ssl_certfile=settings.tls.cert_file,
         ssl_keyfile=settings.tls.key_file,
     )
+    config.load()
+    if config.ssl is not None:
+        config.ssl.sslobject_class = _Handshakes
+    return config
 
 
 async def _stop_on_signal(server: uvicorn.Server, admission: Admission, drain_timeout_s: float) -> None:

@@ -12,7 +12,8 @@ from omni.placement.v1 import placement_service_pb2 as pb
 from omni.placement.v1.placement_service_pb2_grpc import PlacementServiceStub
 from omni_common.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from omni_common.rpc import channel
-from omni_common.rpc_errors import from_rpc_error
+from omni_common.rpc_errors import from_rpc_error, handshake_failure
+from omni_common.settings import tls_of_command
 from omni_placement.book import IMPORTED
 from omni_placement.commands.formats import Named
 from omni_placement.layout import Layout, Topology
@@ -111,7 +112,7 @@ class PlacementService:
 
     def _ask(self, method: str, request: Any) -> Any:
         async def call() -> Any:
-            async with channel(self.address) as connected, asyncio.timeout(ASK_TIMEOUT_S):
+            async with channel(self.address, tls=tls_of_command()) as connected, asyncio.timeout(ASK_TIMEOUT_S):
                 stub: Any = PlacementServiceStub(connected)  # type: ignore[no-untyped-call]
                 ask: Callable[[Any], Awaitable[Any]] = getattr(stub, method)
                 return await ask(request)
@@ -123,7 +124,10 @@ class PlacementService:
         except grpc.aio.AioRpcError as failed:
             error = from_rpc_error(failed)
             if isinstance(error, Unavailable) and not error.reason:
-                raise Unavailable(f"placement at {self.address} does not answer") from None
+                hint = handshake_failure(failed)
+                raise Unavailable(
+                    f"placement at {self.address} does not answer" + (f": {hint}" if hint else "")
+                ) from None
             raise error from None
 
 
