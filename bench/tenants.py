@@ -79,7 +79,10 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Milliseconds to the first token of both quiet tenants; what became of the flood."""
+    """Milliseconds to the first token of both quiet tenants; what became of the flood.
+
+    `p99_by_round_ms` shows a round in which the machine did something else; empty on the virtual clock.
+    """
 
     fleet: str
     name: str
@@ -89,6 +92,7 @@ class Row:
     quiet_failed: int
     flood: int
     flood_refused: int
+    p99_by_round_ms: tuple[float, ...] = ()
 
 
 def orders_of(scene: Scene, tenant: str, per_s: float, seed: str) -> list[Order]:
@@ -113,13 +117,20 @@ async def ask(at: Proxy, orders: Sequence[Order]) -> list[tuple[str, Answer]]:
     return [(order.headers["x-omni-tenant"], answer) for order, answer in zip(ordered, answers, strict=True)]
 
 
-def row_of(fleet: str, name: str, answered: Sequence[tuple[str, Answer]]) -> Row:
+def row_of(fleet: str, name: str, rounds: Sequence[Sequence[tuple[str, Answer]]]) -> Row:
+    answered = [each for answers in rounds for each in answers]
     quiet = [answer for tenant, answer in answered if tenant != FLOOD]
     flood = [answer for tenant, answer in answered if tenant == FLOOD]
-    taken = latency_of([answer.ttft_ms / 1e3 for answer in quiet if not answer.error] or [0.0])
+    taken = latency_of(ttfts_s(answered))
     failed = sum(bool(answer.error) for answer in quiet)
     refused = sum(bool(answer.error) for answer in flood)
-    return Row(fleet, name, taken.p50_us / 1e3, taken.p99_us / 1e3, len(quiet), failed, len(flood), refused)
+    by_round = tuple(latency_of(ttfts_s(answers)).p99_us / 1e3 for answers in rounds)
+    return Row(fleet, name, taken.p50_us / 1e3, taken.p99_us / 1e3, len(quiet), failed, len(flood), refused, by_round)
+
+
+def ttfts_s(answered: Sequence[tuple[str, Answer]]) -> list[float]:
+    """Of the quiet tenants."""
+    return [one.ttft_ms / 1e3 for tenant, one in answered if tenant != FLOOD and not one.error] or [0.0]
 
 
 def measured(scene: Scene, say: Console) -> list[Row]:
@@ -127,7 +138,7 @@ def measured(scene: Scene, say: Console) -> list[Row]:
     times = {"prefill_base_ms": PREFILL_MS[0], "prefill_token_ms": PREFILL_MS[1]}
     model = ROOT / "models" / "tiny-moe"
     shape = Shape(model, scene.prefill, scene.decode, 16, 4096, 0.0, 0.0, engine="sim", sim=times)
-    answered: dict[str, list[tuple[str, Answer]]] = {name: [] for name in CASES}
+    rounds: dict[str, list[list[tuple[str, Answer]]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory(prefix="omni-bench-tenants-") as folder, engines(shape, Path(folder)) as stack:
         for repeat in range(scene.repeats):
             for name, case in CASES.items():
@@ -143,9 +154,9 @@ def measured(scene: Scene, say: Console) -> list[Row]:
                         # Of a tenant of its own: what one has had counts against it.
                         before = orders_of(scene, "warm", 4.0, f"warm{repeat}{name}")
                         asyncio.run(ask(at, [replace(order, at_s=order.at_s / 10) for order in before]))
-                    answered[name] += asyncio.run(ask(at, orders))
+                    rounds[name].append(asyncio.run(ask(at, orders)))
     fleet = f"{shape.title}, processes"
-    return [row_of(fleet, name, answers) for name, answers in answered.items()]
+    return [row_of(fleet, name, answers) for name, answers in rounds.items()]
 
 
 def foreseen(scene: Scene) -> list[Row]:
@@ -189,8 +200,14 @@ def notes_of(scene: Scene, rows: Sequence[Row]) -> list[str]:
         for name in cases
         if CASES[name].is_flooded and CASES[name].fairness != "none"
     ]
+    by_round = [
+        f"{row.fleet}, {row.name}: p99 by round " + ", ".join(f"{p99_ms:.0f}" for p99_ms in row.p99_by_round_ms) + " ms"
+        for row in rows
+        if len(row.p99_by_round_ms) > 1
+    ]
     return [
         *verdicts,
+        *by_round,
         f"processes: prompts of {scene.prompt_tokens} tokens (the flood's of half to one and a half times that) take "
         f"{PREFILL_MS[0]:g} ms + {PREFILL_MS[1]:g} ms per token; two quiet tenants of {scene.quiet_per_s:g} requests/s "
         f"each, one of {scene.flood_load:g} times the {scene.capacity_per_s:.0f} requests/s that they can compute; "
