@@ -245,7 +245,9 @@ def main(
         scene = replace(scene, seconds=8, repeats=1, virtual_prefills=(4, 8), virtual_seconds=20)
     scene = replace(scene, seconds=seconds or scene.seconds, repeats=repeats or scene.repeats)
     console = Console()
-    rows = foreseen(scene) + (measured(scene, console) if prefill else [])
+    # First: collecting what the simulation leaves behind would hold up the client for a few hundred milliseconds.
+    on_processes = measured(scene, console) if prefill else []
+    rows = foreseen(scene) + on_processes
     notes = notes_of(scene, rows)
     head = ("fleet", "quiet tenants", "TTFT p50, ms", "TTFT p99, ms", "requests", "failed", "flood's", "refused")
     cells = [(r.fleet, r.name, f"{r.p50_ms:.0f}", f"{r.p99_ms:.0f}", *map(str, counts(r))) for r in rows]
