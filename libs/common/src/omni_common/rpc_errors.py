@@ -60,6 +60,13 @@ def why(error: grpc.aio.AioRpcError) -> str:
     return f"{hint} ({said})" if hint else said
 
 
+def log_fields(error: Exception) -> dict[str, str]:
+    """What a log line says of a call that failed."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return {"code": error.code().name, "detail": why(error)}
+    return {"code": type(error).__name__, "detail": ""}
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError) -> OmniError:
     """The error a failed call stands for, with field and retry delay where the server sent them."""
     field, reason, retry_after_s = None, "", None

@@ -16,7 +16,7 @@ from omni.engine.v1 import worker_service_pb2_grpc
 from omni.prefill.v1 import prefill_service_pb2 as prefill_pb
 from omni.prefill.v1 import prefill_service_pb2_grpc
 from omni_common.errors import Unavailable
-from omni_common.rpc_errors import from_rpc_error, why
+from omni_common.rpc_errors import from_rpc_error, log_fields
 from omni_proxy.backoff import Backoff
 from omni_proxy.fleet import Load, Member, Role, Worker
 from omni_proxy.health import Health, HealthSettings
@@ -177,8 +177,7 @@ class WorkerLink:
                     self._told(message)
             except grpc.aio.AioRpcError as error:
                 if backoff.is_first:
-                    told = {"worker": self.member.worker.id, "code": error.code().name, "detail": why(error)}
-                    log.warning("worker unreachable", extra=told)
+                    log.warning("worker unreachable", extra={"worker": self.member.worker.id, **log_fields(error)})
             self._set_unreachable()
             await backoff.wait()
 

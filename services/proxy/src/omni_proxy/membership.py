@@ -12,7 +12,7 @@ from omni.engine.v1 import worker_service_pb2 as worker_pb
 from omni.engine.v1 import worker_service_pb2_grpc
 from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.kvstore.v1 import kvstore_service_pb2_grpc
-from omni_common.rpc_errors import from_rpc_error, why
+from omni_common.rpc_errors import from_rpc_error, log_fields
 from omni_proxy.backoff import Backoff
 from omni_proxy.replica import Replica
 from omni_proxy.roster import Roster
@@ -66,7 +66,7 @@ class KvStoreMembership:
             except grpc.aio.AioRpcError as error:
                 if backoff.is_first:
                     message = "kvstore unreachable; what it told last stays"
-                    log.warning(message, extra={"address": address, "code": error.code().name, "detail": why(error)})
+                    log.warning(message, extra={"address": address, **log_fields(error)})
             except ValueError:
                 # A message the index refuses would come again after its position; a snapshot leaves it behind.
                 log.exception("kvstore told what cannot be; asking for a snapshot", extra={"address": address})
@@ -144,8 +144,7 @@ class StaticMembership:
                 except grpc.aio.AioRpcError as error:
                     if backoff.is_first:
                         message = "worker does not describe itself yet"
-                        said = {"address": self.address, "code": error.code().name, "detail": why(error)}
-                        log.warning(message, extra=said)
+                        log.warning(message, extra={"address": self.address, **log_fields(error)})
                     found = from_rpc_error(error)
                     self.state = found.message if found.reason else f"unreachable: {found.message}"
                     await backoff.wait()

@@ -10,7 +10,7 @@ import grpc
 from omni.engine.v1.engine_pb2 import WorkerInfo
 from omni.kvstore.v1.kvstore_service_pb2 import RegisterRequest, RegisterResponse
 from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceStub
-from omni_common.rpc_errors import why
+from omni_common.rpc_errors import log_fields
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.settings import EngineRole
 
@@ -121,9 +121,7 @@ class Membership:
         if self._is_outage_logged:
             return
         self._is_outage_logged = True
-        code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
-        detail = why(error) if isinstance(error, grpc.aio.AioRpcError) else ""
-        log.warning("kvstore not reached; serving goes on", extra={"code": code, "detail": detail})
+        log.warning("kvstore not reached; serving goes on", extra=log_fields(error))
 
 
 async def _converse(

@@ -21,7 +21,7 @@ from omni.placement.v1 import placement_service_pb2 as pb
 from omni.placement.v1.placement_service_pb2_grpc import PlacementServiceStub
 from omni_common.errors import FailedPrecondition, OmniError
 from omni_common.rpc import trace_metadata
-from omni_common.rpc_errors import why
+from omni_common.rpc_errors import log_fields
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.bounded import bounded
 from omni_engine.hosting.identity import Identity
@@ -248,6 +248,4 @@ class PlacementClient:
         if self._is_outage_logged:
             return
         self._is_outage_logged = True
-        code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
-        detail = why(error) if isinstance(error, grpc.aio.AioRpcError) else ""
-        log.warning("layouts are not followed; serving goes on", extra={"code": code, "detail": detail})
+        log.warning("layouts are not followed; serving goes on", extra=log_fields(error))
