@@ -91,6 +91,7 @@ def run(wishes: Wishes, beside: Engines, folder: Path, say: Say) -> Results:
     """Raises Broken where a proxy or too many requests failed."""
     results = Results()
     with _on(beside.cores):
+        _warm(wishes, beside, folder, say)
         results.knee = wishes.knee or _find_knee(wishes, beside, folder, results, say)
         for repeat in range(wishes.repeats):
             # Every other round backwards, so that no system is always the first.
@@ -103,6 +104,14 @@ def run(wishes: Wishes, beside: Engines, folder: Path, say: Say) -> Results:
                         results.load.append(os.getloadavg()[0])
                         say(f"round {repeat + 1} {system.name:24} {level:6} {one_line(point)}")
     return results
+
+
+def _warm(wishes: Wishes, beside: Engines, folder: Path, say: Say) -> None:
+    """A replay that is not counted, under the first system and the load to come: engines meet every shape here."""
+    rate = wishes.knee or wishes.first_rate
+    part = wishes.workload if wishes.knee else wishes.workload.first(max(20, int(rate * _SWEEP_S)))
+    with proxy(wishes.shape, beside, wishes.systems[0].config(wishes.promise), folder) as started:
+        say(f"warming {rate:.1f}/s {one_line(one_replay(started, wishes, part, rate, 0, 'warming'))}")
 
 
 def one_replay(started: Proxy, wishes: Wishes, workload: Workload, rate: float, seed: int, salt: str) -> Point:
