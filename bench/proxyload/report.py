@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from proxyload.caches import HELD_BYTES
 from proxyload.runs import LOW_LOAD_TOKENS, PROFILED_STREAMS, REFERENCES, WAYS, Point, Results, Wishes
 
 GOAL_TOKENS_PER_S = 40_000
@@ -81,11 +82,12 @@ def latency_rows(results: Results) -> Rows:
 def gap_rows(results: Results) -> Rows:
     ways = [way for way in WAYS if way != "direct"]
     head = ("mean gap, ms", *(f"TTFT {WAYS[way]}, ms" for way in WAYS), *(f"CPU {WAYS[way]}, ms" for way in ways))
-    rows: Rows = [head]
+    rows: Rows = [(*head, "cache line read again, ns")]
     for gap_ms, taken in results.gaps.items():
         ttft = [f"{median(taken[way], lambda p: p.ttft_ms['p50']):.2f}" for way in WAYS]
         cpu = [f"{median(taken[way], lambda p: p.server_us_per_token) / 1e3:.2f}" for way in ways]
-        rows.append((f"{gap_ms}", *ttft, *cpu))
+        lines = results.line_ns.get(gap_ms)
+        rows.append((f"{gap_ms}", *ttft, *cpu, f"{statistics.median(lines):.0f}" if lines else ""))
     return rows
 
 
@@ -145,6 +147,10 @@ def notes(results: Results, wishes: Wishes) -> list[str]:
     if results.load:
         slowest = max((median(p, lambda p: p.connect_max_ms), streams) for (_, streams), p in results.load.items())
         lines.append(f"slowest connection of {slowest[1]:,} opened at once: {slowest[0]:.0f} ms")
+    if 0 in results.line_ns:
+        lines.append(
+            f"cache line of {HELD_BYTES // 1024} KiB read again at once: {statistics.median(results.line_ns[0]):.0f} ns"
+        )
     return lines
 
 
@@ -175,6 +181,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "short_answers": [asdict(p) for p in results.short],
         "latency": {f: {w: [asdict(p) for p in points] for w, points in d.items()} for f, d in results.latency.items()},
         "gaps": {gap: {w: [asdict(p) for p in points] for w, points in d.items()} for gap, d in results.gaps.items()},
+        "line_ns": results.line_ns,
         "profile": [{"function": where, "calls": calls, "own_s": own_s} for where, calls, own_s in results.profile],
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 from sidebyside.ports import free_port
 from tokenizers import Tokenizer
 
+from proxyload.caches import line_ns
 from proxyload.processes import HOST, Broken, Cores, Marks, Started, converse, started, wait_ready
 
 PROMPT = "Tell me about the weather in the mountains. " * 6
@@ -28,6 +29,7 @@ LOW_LOAD_TOKENS = 32
 LOW_LOAD_THINK_S = 0.2
 GAPS_MS = (1, 3, 10, 30, 100)
 """Means of the time between an answer and the next request."""
+LINE_READS = 20
 PROFILED_STREAMS = 64
 _START_S = 0.003
 """More warming up for each stream: all of them open at once and have to have begun."""
@@ -77,6 +79,8 @@ class Results:
     short: list[Point] = field(default_factory=list)
     latency: dict[str, dict[str, list[Point]]] = field(default_factory=dict)
     gaps: dict[int, dict[str, list[Point]]] = field(default_factory=dict)
+    line_ns: dict[int, list[float]] = field(default_factory=dict)
+    """Of a cache line that is read again after a gap in ms, on the proxy's core."""
     profile: list[tuple[str, float, float]] = field(default_factory=list)
     profiled_tokens: float = 0.0
 
@@ -138,8 +142,11 @@ class Bench:
 
     def gaps(self) -> None:
         """One stream of one-token answers, by the time between two of them: what it takes to come back to."""
+        core, lines = self._wishes.cores.server, self.results.line_ns
         with self._proxy({"both": LOW_LOAD_STEP_MS}) as proxy, self._relay(proxy) as relay:
             for _ in range(self._wishes.repeats):
+                for gap_ms in (0, *GAPS_MS):
+                    lines.setdefault(gap_ms, []).append(line_ns(core, gap_ms, LINE_READS))
                 for gap_ms in GAPS_MS:
                     for way in WAYS:
                         point = self._answers(way, relay if way == "relay" else proxy, 1, 1, 2 * gap_ms / 1e3)

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proxyload.caches import _chain, line_ns
 from proxyload.client import Plan, Seen, Stream, text_of
 from proxyload.processes import Cores, Marks
 from proxyload.reference import events_of
@@ -162,8 +164,22 @@ def test_the_relay_splits_what_is_added() -> None:
 def test_requests_are_shown_by_the_time_between_them() -> None:
     ways = {way: [point(ttft_ms={"p50": ms}, server_us_per_token=1e3 * ms)] for way, ms in
             (("direct", 0.3), ("relay", 0.7), ("proxy", 1.8))}  # fmt: skip
-    table = tables(Results(gaps={10: ways}))["A request by the time since the one before"]
-    assert table[1:] == [("10", "0.30", "0.70", "1.80", "0.70", "1.80")]
+    table = tables(Results(gaps={10: ways}, line_ns={10: [90.0, 110.0]}))["A request by the time since the one before"]
+    assert table[1:] == [("10", "0.30", "0.70", "1.80", "0.70", "1.80", "100")]
+
+
+def test_a_line_read_again_takes_a_positive_time_and_leaves_the_process_where_it_was() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert line_ns(min(allowed), 0.0, 3) > 0
+    assert os.sched_getaffinity(0) == allowed
+
+
+def test_the_chain_goes_through_every_line_before_it_returns() -> None:
+    chain, at, seen = _chain(64), 0, set()
+    for _ in range(64):
+        seen.add(at)
+        at = int(chain[at])
+    assert at == 0 and seen == set(range(0, 512, 8))
 
 
 def test_a_window_s_figures_come_from_its_marks() -> None:
