@@ -5,7 +5,8 @@ SHELL := /bin/bash
 # The first of these that is a Python from 3.11 to 3.13 builds the environment.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
-DEVICE ?= cpu
+# cpu or cuda; without it the one that .venv was made for, at first cpu.
+DEVICE ?=
 VLLM ?= 0.27.1
 ARGS ?=
 # Test processes; 0 runs all tests in one, with output as it comes.
@@ -27,7 +28,7 @@ help:  ## list the targets
 
 setup:  ## create .venv from constraints.txt (DEVICE=cpu|cuda, PYTHON=python3.11); nothing to do the second time
 	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 found; name one: make setup PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) scripts/setup.py --device $(DEVICE)
+	@$(PYTHON) scripts/setup.py $(addprefix --device ,$(DEVICE))
 
 run: setup  ## start 1 prefill + 1 decode on CPU, show a first answer, stay until Ctrl-C
 	@$(OMNI) up $(ARGS)
@@ -49,7 +50,7 @@ test-compose: setup  ## the container tests; needs a container engine
 	@$(BIN)/python -m pytest -m compose $(TESTS) $(ARGS)
 
 lint: setup type buf  ## style, formatting, import contracts, types, stubs, wire contracts
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --no-cache .  # its cache does not notice a module that changes what is first-party
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check
@@ -108,6 +109,8 @@ chaos: setup  ## kill, pause and delay a stack under load for ten minutes (ARGS=
 release: setup  ## build one package into dist/ (PKG=services/proxy) after checking its changelog
 	@test -f "$(PKG)/pyproject.toml" || { echo "error: name a package: make release PKG=services/proxy"; exit 1; }
 	@cd $(PKG) && version=$$($(CURDIR)/$(BIN)/python -m hatchling version) && name=$$(sed -n 's/^name = "\(.*\)"/\1/p' pyproject.toml) \
+		&& { ! sed -n '/^## Unreleased/,/^## [0-9]/p' CHANGELOG.md | grep -q '^- ' \
+			|| { echo "error: $(PKG)/CHANGELOG.md: put what is under Unreleased below the new version, and raise __version__"; exit 1; }; } \
 		&& { grep -q "^## $$version" CHANGELOG.md || { echo "error: $(PKG)/CHANGELOG.md has no section $$version"; exit 1; }; } \
 		&& $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/dist \
 		&& echo "next: git tag $$name-v$$version"

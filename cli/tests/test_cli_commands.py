@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from omni_cli import doctor, logfiles
+from omni_cli import doctor, logfiles, main
 from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.facts import Facts, read_constraints
 from omni_cli.main import app
+from omni_cli.probes import Phase
 from omni_cli.state import StackState, StateFiles
+from omni_cli.status import ServiceStatus, StackStatus
 
 GIB = 1024**3
 WELL = Facts(
@@ -72,6 +74,40 @@ def test_status_of_a_stack_that_is_gone_is_unhealthy(tmp_path):
     result = run("status", "--json", "--home", str(tmp_path))
     assert result.exit_code == 3
     assert json.loads(result.output)["stacks"][0]["is_healthy"] is False
+
+
+WORKER = {"id": "d0", "takes_work": True, "refusal": None}
+NOBODY = {"address": "far:9", "state": "unreachable: no answer yet"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "workers", "unreachable", "condition", "says"),
+    [
+        pytest.param("ready", [WORKER], [], "healthy", "1 of 1", id="all is well"),
+        pytest.param("ready", None, [], "healthy", "cannot be asked", id="a proxy that asks for a key"),
+        pytest.param("ready", [WORKER], [NOBODY], "degraded", "worker at far:9: unreachable", id="settings, nobody"),
+        pytest.param(
+            "ready", [WORKER | {"takes_work": False, "refusal": "draining"}], [], "degraded",
+            "worker d0 takes no work: draining", id="drained",
+        ),
+        pytest.param("ready", [], [NOBODY], "not healthy", "0 of 1", id="a worker of its own is missing"),
+        pytest.param("loading", [WORKER], [], "not healthy", "1 of 1", id="a service is not ready"),
+    ],
+)  # fmt: skip
+def test_a_stack_is_healthy_degraded_or_neither(monkeypatch, tmp_path, phase, workers, unreachable, condition, says):
+    service = ServiceStatus("proxy", 1, Phase(phase), "127.0.0.1:1", None, None)
+    seen = None if workers is None else tuple(workers)
+    stack = StackStatus("p1", "http://127.0.0.1:1", False, 1, (service,), seen, tuple(unreachable))
+
+    async def stacks(states: object) -> list[StackStatus]:
+        return [stack]
+
+    monkeypatch.setattr(main, "read_all", stacks)
+    shown = run("status", "--home", str(tmp_path))
+    assert shown.exit_code == {"healthy": 0, "degraded": 5, "not healthy": 3}[condition]
+    assert f"http://127.0.0.1:1 {condition}\n" in shown.output and says in shown.output
+    told = json.loads(run("status", "--json", "--home", str(tmp_path)).output)["stacks"][0]
+    assert (told["condition"], told["is_healthy"]) == (condition, condition == "healthy")
 
 
 def test_down_without_a_choice_names_the_stacks(tmp_path):

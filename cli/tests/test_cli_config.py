@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from omni_cli import config_commands
 from omni_cli.config_commands import InvalidConfig
 from omni_cli.main import app
 
@@ -35,6 +36,26 @@ def test_mistakes_are_named(tmp_path: Path, content: str | None, message: str):
         file.write_text(content)
     failed = CliRunner().invoke(app, ["config", "check", str(file)]).exception
     assert isinstance(failed, InvalidConfig) and message in str(failed) and "Traceback" not in str(failed)
+
+
+def test_a_plug_in_that_cannot_be_imported_is_named_with_its_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    info = tmp_path / "broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[omni_proxy.policies]\nbroken = missing_module:POLICY\n")
+    file = tmp_path / "s.yaml"
+    file.write_text("policy: broken")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    failed = CliRunner().invoke(app, ["config", "check", str(file)]).exception
+    assert isinstance(failed, InvalidConfig) and "the distribution broken offers 'broken'" in str(failed)
+
+
+def test_without_the_proxy_beside_it_no_file_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(config_commands, "CHECKER", "no_such_proxy.schedule_config")
+    failed = CliRunner().invoke(app, ["config", "check", str(tmp_path / "s.yaml")]).exception
+    assert "not installed beside" in str(failed)
 
 
 def test_the_example_of_the_docs_is_valid_where_its_key_is_not_set(monkeypatch: pytest.MonkeyPatch):

@@ -30,7 +30,7 @@ HEAD = {
     "error": None,
 }  # fmt: skip
 ONE = HEAD | {
-    "seen": {"ttft_ms": 47.5},
+    "seen": {"ttft_ms": 47.5, "e2e_ms": 1250.0},
     "sequences": [
         {
             "decisions": [DECISION, CONTINUED],
@@ -51,6 +51,9 @@ LATEST = {
         HEAD | {"num_sequences": 1, "num_decisions": 2, "decision": DECISION, "seen": {"ttft_ms": 47.5}},
         HEAD | {"request_id": "r2", "status": None, "decision": None, "seen": {}},
         HEAD | {"request_id": "r3", "status": 503, "error": "UNAVAILABLE", "decision": None, "seen": {}},
+        HEAD
+        | {"request_id": "r4", "status": 429, "error": "RESOURCE_EXHAUSTED", "reason": "queue_ttl"}
+        | {"decision": None, "seen": {}},
     ]
 }
 
@@ -99,7 +102,7 @@ def test_a_request_shows_choice_candidates_and_predictions(proxy: Any) -> None:
     result = _explain(proxy, "r/1 ?", "--limit", "5")
     assert result.exit_code == 0, result.output
     rows = _rows(result.output)
-    assert "r/1 ? 200, arrived 03:04:05.678, tenant team, priority 1" in result.output
+    assert "r/1 ? 200 after 1250 ms, arrived 03:04:05.678, tenant team, priority 1" in result.output
     assert "1. prefill on p1, decode on d0: disaggregated (cost, 512 uncached tokens)" in result.output
     assert "2. d1 alone: continued" in result.output
     assert ["*", "p1", "43.2", "3", "40.2"] in rows and ["p0", "99.5", "59.2", "40.2"] in rows
@@ -118,7 +121,7 @@ def test_without_a_request_the_latest_are_listed(proxy: Any) -> None:
     rows = _rows(_explain(proxy).output)
     assert rows[1] == ["r/1", "?", "03:04:05.678", "200", "p1", "d0", "disaggregated", "43.2", "47.5"]
     assert rows[2][:3] == ["r2", "03:04:05.678", "running"]
-    assert rows[3][2:4] == ["503", "UNAVAILABLE"]
+    assert rows[3][2:4] == ["503", "UNAVAILABLE"] and rows[4][2:4] == ["429", "queue_ttl"]
     assert proxy.asked == ["/decisions?limit=10"]
 
 

@@ -64,6 +64,14 @@ def test_second_call_does_nothing(setup, steps_run):
     assert steps_run == []
 
 
+def test_an_environment_keeps_its_device(setup, steps_run):
+    """`make run` after `make setup DEVICE=cuda` must not put the CPU's engine over the one for CUDA."""
+    setup.set_up("cuda")
+    steps_run.clear()
+    setup.set_up(None)
+    assert steps_run == []
+
+
 def test_interrupted_setup_goes_on_where_it_stopped(setup, steps_run, monkeypatch):
     def fails() -> None:
         raise setup.SetupFailed("no network")

@@ -2,7 +2,7 @@
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -31,9 +31,27 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._jumping = _Jumping()
         super().__init__(self._jumping)
+        self._passes_left = -1
+        self._callback: Callable[[], object] = _nothing
 
     def time(self) -> float:
         return self._jumping.now_s
+
+    def after_passes(self, count: int, callback: Callable[[], object]) -> None:
+        """Call it between two passes of the loop, `count` passes from here; one at a time."""
+        self._passes_left, self._callback = count, callback
+
+    def has_called(self) -> bool:
+        return self._passes_left < 0
+
+    def _run_once(self) -> None:
+        super()._run_once()  # type: ignore[misc]
+        self._passes_left -= 1
+        if self._passes_left == -1:
+            self._callback()
+
+
+def _nothing() -> None: ...
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -1,6 +1,7 @@
 """The stack as a client of the OpenAI SDK sees it, on real engines."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
@@ -82,3 +83,17 @@ def test_tokenize_round_trip_and_models(stack: LiveStack, sdk: openai.OpenAI) ->
             tokens = http.post("/tokenize", json={"model": stack.model, "prompt": text}).json()["tokens"]
             back = http.post("/detokenize", json={"model": stack.model, "tokens": tokens}).json()["prompt"]
             assert back == text
+
+
+def test_a_stop_token_ends_the_answer_and_is_named(stack: LiveStack, sdk: openai.OpenAI) -> None:
+    asked: Any = {"model": stack.model, "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
+    whole: Any = sdk.completions.create(**asked, logprobs=0).choices[0]
+    tokens, offsets = whole.logprobs.tokens, whole.logprobs.text_offset
+    at = next(i for i in range(8, 40) if tokens[i].isascii() and tokens[i] not in tokens[:i])
+    with stack.client() as http:
+        (token_id,) = http.post("/tokenize", json={"prompt": tokens[at], "add_special_tokens": False}).json()["tokens"]
+    asked["extra_body"] = {"stop_token_ids": [token_id]}
+    cut: Any = sdk.completions.create(**asked).choices[0]
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (whole.text[: offsets[at]], "stop", token_id)
+    *_, last = sdk.completions.create(**asked, stream=True)
+    assert (last.choices[0].finish_reason, last.choices[0].stop_reason) == ("stop", token_id)

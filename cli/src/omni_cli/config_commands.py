@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -40,10 +41,10 @@ def check(
 
     Environment variables that hold keys may be missing here: each is noted, and must be set where the proxy runs.
     """
+    if find_spec(CHECKER.partition(".")[0]) is None:
+        raise InvalidOptions("omni-proxy is not installed beside the command line")
     # The command line imports no service; the proxy's own module says what is valid.
     done = subprocess.run([sys.executable, "-m", CHECKER, str(file)], capture_output=True, text=True, check=False)
-    if "No module named" in done.stderr:
-        raise InvalidOptions("omni-proxy is not installed beside the command line")
     if done.returncode:
         raise InvalidConfig(done.stderr.strip())
     if not quiet:

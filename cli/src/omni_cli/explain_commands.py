@@ -81,8 +81,10 @@ def _show_latest(requests: Sequence[Mapping[str, Any]], console: Console) -> Non
 
 def _show_request(request: Mapping[str, Any], console: Console) -> None:
     caller = f", tenant {escape(request['tenant'])}" if request["tenant"] else ""
+    took_ms = request["seen"].get("e2e_ms")
+    took = "" if took_ms is None else f" after {_number(took_ms)} ms"
     console.print(
-        f"[bold]{escape(request['request_id'])}[/] {_status(request)}, arrived {_clock(request)}{caller}, "
+        f"[bold]{escape(request['request_id'])}[/] {_status(request)}{took}, arrived {_clock(request)}{caller}, "
         f"priority {request['priority']}",
         highlight=False,
         soft_wrap=True,
@@ -140,8 +142,8 @@ def _predicted(decisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def _status(request: Mapping[str, Any]) -> str:
     if request["status"] is None:
         return "running"
-    error = f" {request['error']}" if request["error"] else ""
-    return f"{request['status']}{error}"
+    why = request.get("reason") or request["error"]
+    return f"{request['status']} {why}" if why else str(request["status"])
 
 
 def _clock(request: Mapping[str, Any]) -> str:

@@ -24,13 +24,13 @@ from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
 from omni_cli.options import Home, Name, Port, Url, chosen, files_of, logged
 from omni_cli.plan import StackOptions
-from omni_cli.status import read_all
+from omni_cli.status import Condition, read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
 from omni_cli.workers_commands import workers_app
 from omni_common.command import examples
 from omni_common.errors import InvalidRequest, NotFound, OmniError
 
-EXIT_UNHEALTHY = 3
+EXIT_UNHEALTHY, EXIT_DEGRADED = 3, 5
 EXIT_CODES = {InvalidRequest: InvalidOptions.exit_code, NotFound: NoSuchStack.exit_code}
 """Of what extensions raise; anything else is 1."""
 FOLLOW_INTERVAL_S = 0.2
@@ -41,7 +41,7 @@ app = typer.Typer(
     cls=Commands,
     help="Run an Omni stack on this machine and look at it.\n\nStart with [bold]omni doctor[/], then [bold]omni up[/].",
     epilog="Exit code: 0 done; 1 it failed, or nobody answers; 2 options or arguments are wrong; 3 the answer is no: "
-    "not healthy, not valid, not the same; 4 no such stack or service.",
+    "not healthy, not valid, not the same; 4 no such stack or service; 5 a stack is degraded.",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -147,7 +147,11 @@ def down(
 
 
 @app.command(
-    epilog=examples("omni status", "omni status --json | jq .stacks", exit_codes="0 all healthy, 3 not, 4 nothing runs")
+    epilog=examples(
+        "omni status",
+        "omni status --json | jq .stacks",
+        exit_codes="0 all healthy, 3 one is not, 4 nothing runs, 5 one is degraded",
+    )
 )
 def status(
     name: Name = None,
@@ -155,7 +159,12 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     home: Home = None,
 ) -> None:
-    """Services, their health and ports, and the workers the proxy sees, for every stack or one."""
+    """Services, their health and ports, and the workers the proxy sees, for every stack or one.
+
+    A stack is [bold]healthy[/] when all its services are and every worker takes work; [bold]degraded[/] when it serves
+    without some worker: one that is drained or ejected, or one named in the proxy's settings that does not answer; else
+    [bold]not healthy[/].
+    """
     files = files_of(home)
     states = [chosen(files, name, port)] if name is not None or port is not None else list(files.all())
     stacks = asyncio.run(read_all(states))
@@ -165,8 +174,11 @@ def status(
         report.show_stacks(stacks, Console())
     if not stacks:
         raise typer.Exit(NoSuchStack.exit_code)
-    if not all(stack.is_healthy for stack in stacks):
+    conditions = {stack.condition for stack in stacks}
+    if Condition.NOT_HEALTHY in conditions:
         raise typer.Exit(EXIT_UNHEALTHY)
+    if Condition.DEGRADED in conditions:
+        raise typer.Exit(EXIT_DEGRADED)
 
 
 @app.command(

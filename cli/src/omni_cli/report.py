@@ -9,9 +9,14 @@ from rich.text import Text
 
 from omni_cli.doctor import Check, Verdict
 from omni_cli.progress import STYLES
-from omni_cli.status import StackStatus
+from omni_cli.status import Condition, StackStatus
 
 VERDICT_STYLES: Mapping[Verdict, str] = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
+CONDITION_STYLES: Mapping[Condition, str] = {
+    Condition.HEALTHY: "green",
+    Condition.DEGRADED: "yellow",
+    Condition.NOT_HEALTHY: "bold red",
+}
 
 
 def show_stacks(stacks: Sequence[StackStatus], console: Console) -> None:
@@ -19,8 +24,10 @@ def show_stacks(stacks: Sequence[StackStatus], console: Console) -> None:
     if not stacks:
         console.print("no stack is recorded; start one with [bold]omni up[/]")
     for stack in stacks:
-        health = "[green]healthy[/]" if stack.is_healthy else "[bold red]not healthy[/]"
-        console.print(f"[bold]{stack.name}[/] {stack.url} {health}", highlight=False, soft_wrap=True)
+        style = CONDITION_STYLES[stack.condition]
+        console.print(
+            f"[bold]{stack.name}[/] {stack.url} [{style}]{stack.condition}[/]", highlight=False, soft_wrap=True
+        )
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("service", "state", "pid", "address", "cores", "metrics"):
             table.add_column(heading, no_wrap=True)
@@ -35,6 +42,9 @@ def show_stacks(stacks: Sequence[StackStatus], console: Console) -> None:
                 console.print(f"{service.name}: {escape(service.detail)}", highlight=False, soft_wrap=True)
         seen = "cannot be asked" if stack.workers is None else f"{len(stack.workers)} of {stack.expected_workers}"
         console.print(f"workers the proxy sees: {seen}", highlight=False)
+        for worker in stack.idled:
+            line = f"worker {worker['id']} takes no work: {worker['refusal']}"
+            console.print(escape(line), highlight=False, soft_wrap=True)
         for unmet in stack.unreachable:
             line = f"worker at {unmet['address']}: {unmet['state']}"
             console.print(escape(line), highlight=False, soft_wrap=True)

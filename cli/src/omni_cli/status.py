@@ -3,11 +3,21 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any
 
 from omni_cli.plan import Probe
 from omni_cli.probes import Health, Phase, fleet_seen, probe, reachable
 from omni_cli.state import ProcessRecord, StackState
+
+
+class Condition(StrEnum):
+    """Of a whole stack."""
+
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    """It serves, without some of the workers it has or was told of."""
+    NOT_HEALTHY = "not healthy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +49,23 @@ class StackStatus:
     unreachable: tuple[dict[str, Any], ...] = ()
 
     @property
+    def condition(self) -> Condition:
+        is_ready = bool(self.services) and all(s.phase is Phase.READY for s in self.services)
+        if not is_ready or (self.workers is not None and len(self.workers) < self.expected_workers):
+            return Condition.NOT_HEALTHY
+        return Condition.DEGRADED if self.unreachable or self.idled else Condition.HEALTHY
+
+    @property
+    def idled(self) -> tuple[dict[str, Any], ...]:
+        """Workers that the proxy sees and gives no work."""
+        return tuple(worker for worker in self.workers or () if worker.get("takes_work") is False)
+
+    @property
     def is_healthy(self) -> bool:
-        ready = bool(self.services) and all(s.phase is Phase.READY for s in self.services)
-        return ready and (self.workers is None or len(self.workers) >= self.expected_workers)
+        return self.condition is Condition.HEALTHY
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"is_healthy": self.is_healthy}
+        return asdict(self) | {"condition": self.condition, "is_healthy": self.is_healthy}
 
 
 async def read_status(state: StackState) -> StackStatus:

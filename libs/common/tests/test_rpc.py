@@ -13,6 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
+from omni.decode.v1 import decode_service_pb2 as decode_wire
+from omni.decode.v1 import decode_service_pb2_grpc as decode_stubs
 from omni.engine.v1 import worker_service_pb2 as wire
 from omni.engine.v1 import worker_service_pb2_grpc as stubs
 from omni_common import errors
@@ -23,6 +25,7 @@ from omni_common.telemetry import JsonFormatter
 from omni_common.testing import serve
 
 NAME = "omni.engine.v1.WorkerService"
+DECODE = "omni.decode.v1.DecodeService"
 
 
 class Worker(stubs.WorkerServiceServicer):
@@ -47,6 +50,18 @@ class Worker(stubs.WorkerServiceServicer):
 
     async def Drain(self, request: Any, context: Any) -> wire.DrainResponse:
         return wire.DrainResponse(drained=True)
+
+
+class Hearing(decode_stubs.DecodeServiceServicer):
+    """Counts the messages of a session."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def Session(self, requests: Any, context: Any) -> AsyncIterator[decode_wire.SessionResponse]:
+        async for _ in requests:
+            self.count += 1
+        yield decode_wire.SessionResponse()
 
 
 def servicer(worker: Worker) -> Servicer:
@@ -83,6 +98,35 @@ async def test_unexpected_errors_do_not_leak_their_text(caplog: pytest.LogCaptur
             await stubs.WorkerServiceStub(channel).Describe(wire.DescribeRequest(), timeout=5)
     assert failed.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in (failed.value.details() or "")
+
+
+@pytest.mark.parametrize(
+    ("method", "data"),
+    [("Describe", b"\xff\xff"), ("WatchStats", b"\xff\xff"), ("WatchStats", b"\x12\x02\xc3\x28")],
+    ids=["no message", "no message, streamed answer", "no text where text belongs"],
+)
+async def test_what_is_no_message_is_the_callers_fault(method: str, data: bytes, caplog: Any) -> None:
+    async with serve([servicer(Worker())]) as channel:
+        make = channel.unary_unary if method == "Describe" else channel.unary_stream
+        call: Any = make(f"/{NAME}/{method}")(data, timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await (call if method == "Describe" else call.read())
+        error = from_rpc_error(refused.value)
+        assert (error.code, error.reason) == (errors.Code.INVALID_ARGUMENT, "unreadable")
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_what_is_no_message_ends_a_stream_of_them(caplog: Any) -> None:
+    hears = Hearing()
+    async with serve([Servicer(hears, decode_stubs.add_DecodeServiceServicer_to_server, DECODE)]) as channel:
+        call: Any = channel.stream_stream(f"/{DECODE}/Session")(timeout=5)
+        await call.write(b"")
+        await call.write(b"\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert from_rpc_error(refused.value).reason == "unreadable"
+        assert hears.count == 1
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_a_deadline_cancels_the_handler() -> None:

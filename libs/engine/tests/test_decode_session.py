@@ -1,10 +1,12 @@
 import asyncio
+import itertools
 import sys
 from pathlib import Path
 
 import grpc
 import pytest
 from opentelemetry import trace
+from prometheus_client import CollectorRegistry
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -14,7 +16,12 @@ from omni.decode.v1 import decode_service_pb2 as wire
 from omni.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from omni.engine.v1 import engine_pb2
 from omni.prefill.v1.prefill_service_pb2 import PrefillRequest
+from omni_common.rpc_errors import from_rpc_error
 from omni_common.telemetry import traceparent
+from omni_engine.hosting import session as hosting_session
+from omni_engine.hosting.background import Background
+from omni_engine.hosting.metrics import WorkerMetrics
+from omni_engine.hosting.session import DecodeHost, Session, SessionLimits
 
 
 async def test_sequences_share_frames(hosted):
@@ -75,6 +82,37 @@ async def test_abort_frees_and_silences(hosted):
         assert 1 not in client.finishes
 
 
+async def test_a_sequence_named_twice_in_an_abort_ends_once(hosted):
+    async with hosted() as worker, session(worker) as client:
+        await client.submit(1, max_tokens=5000)
+        await client.read()
+        await client.send(abort=wire.Abort(stream_ids=[1, 1]))
+        await worker.idle()
+        await client.submit(2, max_tokens=3)
+        await client.until_finished(2)
+
+
+async def test_what_breaks_the_engine_at_one_sequence_leaves_the_others(hosted, monkeypatch):
+    async with hosted() as worker, session(worker) as client:
+        await client.submit(1, max_tokens=100)
+        await client.read()
+        take = worker.engine.submit
+
+        async def submit(job, sink):
+            if job.cache_salt == "poison":
+                raise ValueError("opaque")
+            await take(job, sink)
+
+        monkeypatch.setattr(worker.engine, "submit", submit)
+        await client.submit(2, cache_salt="poison")
+        await client.submit(3, max_tokens=3)
+        await client.until_finished(1, 2, 3)
+        # Not rejected: the engine may have taken it, and its blocks are for no other worker then.
+        assert (client.finishes[2].reason, client.finishes[2].detail) == (engine_pb2.FINISH_REASON_ERROR, "engine_failed")
+        assert len(client.tokens[1]) == 100
+        await worker.idle()
+
+
 @pytest.mark.parametrize("how", ["cancelled", "half-closed"])
 async def test_end_of_stream_aborts_everything(hosted, how):
     async with hosted() as worker, session(worker) as client:
@@ -106,6 +144,9 @@ async def test_cancelled_while_the_client_does_not_read(hosted, until):
         pytest.param({"token_ids": [1, 2], "num_output_tokens": 2}, "INVALID_ARGUMENT", id="no prompt"),
         pytest.param({"max_tokens": 0}, "INVALID_ARGUMENT", id="no output wanted"),
         pytest.param({"token_ids": range(9000)}, "INVALID_ARGUMENT", id="too long"),
+        pytest.param(
+            {"sampling": engine_pb2.Sampling(max_tokens=1, logprobs=2**32 - 1)}, "INVALID_ARGUMENT", id="all logprobs"
+        ),
     ],
 )
 async def test_rejected_submits(hosted, fields, code):
@@ -187,6 +228,23 @@ async def test_a_peer_that_never_acknowledges_loses_its_session(hosted):
         await worker.idle()
 
 
+async def test_a_peer_that_reads_nothing_is_not_read_either(hosted):
+    """Each refusal waits to be told, and nobody takes them out."""
+    async with hosted() as worker:
+        host, limits = worker.host, SessionLimits(frame_window=1, max_pending_tokens=10, submit_timeout_s=1.0)
+        metrics = WorkerMetrics(CollectorRegistry())
+        shared = DecodeHost(worker.engine, host.admission, host.accounts, Background(), metrics, host.identity, limits)
+        taken = itertools.count(1)
+
+        async def endless():
+            while True:
+                yield wire.SessionRequest(submit=wire.Submit(stream_id=next(taken), model="another"))
+
+        async with asyncio.timeout(5):
+            await Session(shared, 1, "test").read(endless())
+        assert next(taken) == 12
+
+
 @pytest.mark.parametrize(
     "message", [{"ack": wire.Ack(frame=1)}, {"submit": wire.Submit(stream_id=1)}], ids=["ack", "submit"]
 )
@@ -197,6 +255,15 @@ async def test_a_session_begins_with_hello(hosted, message):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_session_without_hello_ends(hosted, monkeypatch):
+    monkeypatch.setattr(hosting_session, "_HELLO_TIMEOUT_S", 0.05)
+    async with hosted() as worker:
+        call = DecodeServiceStub(worker.channel).Session(timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await call.read()
+        assert from_rpc_error(ended.value).reason == "silent"
 
 
 async def test_dead_engine_ends_sequences_with_errors(hosted):

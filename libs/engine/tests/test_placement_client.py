@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import Settings
 from scripted_placement import Placement, serving
 
+from conftest import Settings
 from omni.engine.v1 import engine_pb2
 from omni.engine.v1.worker_service_pb2 import DescribeRequest
 from omni.placement.v1 import placement_service_pb2 as pb

@@ -128,6 +128,24 @@ async def test_lease_expires_and_can_be_released():
         assert engine.stats().kv_usage == 0
 
 
+async def test_who_leaves_as_the_prompt_is_computed_leaves_no_lease():
+    class LastMoment(VirtualClock):
+        caller: asyncio.Task[object] | None = None
+
+        async def sleep(self, seconds: float) -> None:
+            await super().sleep(seconds)
+            if self.caller is not None:
+                self.caller.cancel()
+
+    clock = LastMoment()
+    async with simulated(clock) as engine:
+        clock.caller = asyncio.create_task(engine.prefill(PrefillJob("p", PROMPT, SamplingParams(max_tokens=4))))
+        await asyncio.wait({clock.caller})
+        assert clock.caller.cancelled()
+        await until(lambda: engine.stats().running == 0)
+        assert (engine.stats().leases, engine.stats().kv_usage) == (0, 0)
+
+
 async def test_an_abort_ends_the_lease():
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
     async with simulated() as prefill, simulated() as decode:

@@ -111,7 +111,13 @@ def test_leases_end_by_pull_and_by_release(engines: tuple[EngineProcess, EngineP
     assert prefill.call("release", result.kv_handle.lease_id)
     assert not prefill.call("release", result.kv_handle.lease_id)
     assert not prefill.call("release", "never-was")
+    prefill.call("prefill", PrefillJob("p-unseen", prompt(182), GREEDY))
+    assert prefill.call("release", "p-unseen"), "by the request's name, for who did not see the answer"
+    began_s = time.time()
     pulled: PrefillResult = prefill.call("prefill", PrefillJob("p-pulled", prompt(181), GREEDY))
+    assert pulled.kv_handle is not None
+    granted_s = pulled.kv_handle.lease_ends_unix_ms / 1e3 - pulled.kv_handle.lease_s
+    assert began_s - 0.001 <= granted_s <= time.time()
     decode.generate(continued(pulled, prompt(181), "d-pulled"))
     for name in ("leases", "kv_usage"):
         eventually(prefill, name, 0)

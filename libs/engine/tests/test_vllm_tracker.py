@@ -57,6 +57,19 @@ async def test_cached_tokens_are_not_queued() -> None:
     assert tracker.stats(0).queued_tokens == 0
 
 
+async def test_a_prompt_whose_caller_is_just_leaving_is_nobodys() -> None:
+    """Its lease would be known to none."""
+    tracker = Tracker()
+    tracker.add(left := await prefill("p", 10))
+    tracker.add(stays := await prefill("q", 10))
+    left.done.cancel()
+    step = Step(1.0, [Output("p", [1], "length"), Output("q", [2], "length")])
+    assert tracker.step(step) == step.outputs[:1]
+    assert stays.done.result() == (step.outputs[1], 1.0)
+    assert not tracker.has_work
+    assert tracker.stats(0).queued_tokens == 0
+
+
 def test_context_is_that_of_the_sequences_that_generate() -> None:
     tracker = Tracker()
     tracker.add(sequence("a", 100))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
@@ -161,7 +161,7 @@ def test_combine_refuses_a_source_beyond_its_rows() -> None:
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
     sizes = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
-    return sizes, draw(st.integers(0, 3)), 8 * draw(st.integers(1, 6)), 2 * draw(st.integers(1, 20))
+    return sizes, draw(st.integers(0, 3)), draw(st.integers(1, 48)), 2 * draw(st.integers(1, 20))
 
 
 def check_products(
@@ -191,12 +191,14 @@ def test_grouped_products_are_those_of_each_group(call: tuple[list[int], int, in
 
 
 @settings(deadline=None)  # a kernel compiles when first called
-@given(groups())
-def test_w8a8_is_exact_integer_arithmetic(call: tuple[list[int], int, int, int]) -> None:
+@given(groups(), st.booleans())
+@example(([1, 2], 1, 1, 6), True)
+def test_w8a8_is_exact_integer_arithmetic(call: tuple[list[int], int, int, int], stored: bool) -> None:
     sizes, behind, depth, columns = call
     rows = sum(sizes) + behind
     x = torch.randint(-128, 128, (rows, depth), generator=seeded(11), dtype=torch.int8)
-    weight = torch.randint(-128, 128, (len(sizes), depth, columns), generator=seeded(12), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (len(sizes), columns, depth), generator=seeded(12), dtype=torch.int8)
+    weight = weight.transpose(1, 2) if stored else weight.transpose(1, 2).contiguous()
     ones = torch.ones(rows), torch.ones(len(sizes), columns)
     scales = torch.rand(rows, generator=seeded(13)), torch.rand(len(sizes), columns, generator=seeded(14))
     for ops in BACKENDS.values():
@@ -209,8 +211,8 @@ def test_w8a8_is_exact_integer_arithmetic(call: tuple[list[int], int, int, int])
 @settings(deadline=None)  # a kernel compiles when first called
 @given(groups(), st.sampled_from([1, 2, 4]))
 def test_w4a8_is_exact_integer_arithmetic_of_each_block(call: tuple[list[int], int, int, int], blocks: int) -> None:
-    sizes, behind, depth, columns = call
-    rows = sum(sizes) + behind
+    sizes, behind, quarter, columns = call
+    rows, depth = sum(sizes) + behind, 4 * quarter
     x = torch.randint(-128, 128, (rows, depth), generator=seeded(15), dtype=torch.int8)
     codes = torch.randint(-8, 8, (len(sizes), depth, columns), generator=seeded(16), dtype=torch.int8)
     scale = 2.0 ** torch.randint(-3, 3, (len(sizes), blocks, columns), generator=seeded(17))  # exact in float32

@@ -124,6 +124,14 @@ def test_what_is_past_the_rotated_part_is_left_alone(generator: torch.Generator)
     assert torch.equal(y[..., :8], rotary(x[..., :8].contiguous(), angles.cos(), angles.sin(), False))
 
 
+def test_no_rows_have_no_strides_to_be_wrong() -> None:
+    none, weight = torch.empty_strided((0, 8), (0, 0)), torch.ones(8)
+    assert rms_norm(none, weight, 1e-6).shape == (0, 8)
+    assert [tuple(part.shape) for part in dynamic_quant(none)] == [(0, 8), (0,)]
+    assert swiglu(none).shape == (0, 4)
+    assert rotary(none.unsqueeze(1), torch.ones(0, 4), torch.ones(0, 4), False).shape == (0, 1, 8)
+
+
 def test_gate_comes_first(generator: torch.Generator) -> None:
     gate_up = torch.randn(4, 12, generator=generator)
     gate, up = gate_up.double().chunk(2, -1)

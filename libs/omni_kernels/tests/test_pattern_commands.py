@@ -113,8 +113,9 @@ def test_a_search_refuses_before_it_loads_the_model(files: Path, option: str, va
 def test_a_budget_that_no_pattern_keeps_is_refused(files: Path) -> None:
     pytest.importorskip("transformers")
     given = ["--model", TINY_MOE, "--questions", files / "questions.jsonl", "--out", files / "out.json"]
-    said = refused("search", *given, "--kv-share", "0", "--method", "random", "--block-size", "4")
-    assert "--kv-share" in said and "allow more" in said
+    for method in ("random", "greedy", "genetic"):
+        said = refused("search", *given, "--kv-share", "0", "--method", method, "--block-size", "4")
+        assert "--kv-share" in said and "allow more" in said
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_it_is_made(files: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints written by `omni quantize`: what is in them, how far they are off, what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from compressed_tensors.compressors import IntQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
 from omni_kernels.ops.quant import quantized
+from omni_kernels.quantize import verification
 from omni_kernels.quantize.checkpoint import read_config, weights_of, write
 from omni_kernels.quantize.choice import Choice, Weight, choose, is_quantizable
 from omni_kernels.quantize.verification import verify
@@ -168,6 +170,7 @@ def test_folders_are_refused_by_name(tmp_path: Path) -> None:
     broken["model.layers.0.self_attn.o_proj.weight"][0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"o_proj\.weight.*finite"):
         quantized_copy(folder(tmp_path / "broken", broken, LATENT), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("fault", ["code", "scale", "kept", "missing"])
@@ -191,8 +194,8 @@ def test_checking_finds_what_is_wrong(tmp_path: Path, fault: str) -> None:
         verify(model, out, choice, "w8a8")
 
 
-def test_shards_and_their_index_stay(tmp_path: Path) -> None:
-    model = tmp_path / "model"
+def sharded(model: Path) -> tuple[list[str], dict[str, str]]:
+    """The latent model in two files; their names, and the index."""
     model.mkdir()
     tensors = latent()
     halves = [dict(list(tensors.items())[:7]), dict(list(tensors.items())[7:])]
@@ -202,6 +205,12 @@ def test_shards_and_their_index_stay(tmp_path: Path) -> None:
     index = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (model / "config.json").write_text(json.dumps(LATENT))
+    return names, index
+
+
+def test_shards_and_their_index_stay(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    _, index = sharded(model)
     choice = quantized_copy(model, tmp_path / "out")
     verify(model, tmp_path / "out", choice, "w8a8")
     written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -210,6 +219,15 @@ def test_shards_and_their_index_stay(tmp_path: Path) -> None:
     assert scales == written.keys() - index.keys()
     for name, file in written.items():
         assert name in load_file(tmp_path / "out" / file)
+
+
+def test_a_model_that_lacks_a_shard_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (_, lost), index = sharded(model)
+    (model / lost).unlink()
+    named = min(name for name, file in index.items() if file == lost)
+    with pytest.raises(ValueError, match=rf"tensors are missing, such as {re.escape(named)} \({lost}\)"):
+        quantized_copy(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -264,6 +282,17 @@ def test_the_command_refuses_what_it_cannot_read_or_write(
     ran = testing.CliRunner().invoke(app, given, env={"COLUMNS": "400", "NO_COLOR": "1"})
     assert ran.exit_code == 2, ran.output
     assert named in ran.output
+
+
+def test_a_copy_that_is_wrong_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("typer.testing")
+    from omni_kernels.quantize.commands import app
+
+    monkeypatch.setattr(verification, "LIMIT", 1e-6)
+    model = folder(tmp_path / "model", latent(), LATENT)
+    ran = testing.CliRunner().invoke(app, [str(model), "--out", str(tmp_path / "out")], env={"COLUMNS": "400"})
+    assert ran.exit_code == 2 and "relative error" in ran.output
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_command_prints_what_it_checked(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from omni.engine.v1 import engine_pb2
+from omni_common.rpc_errors import from_rpc_error
+from omni_kvstore.wire import MAX_INFO_BYTES
 
 SHORT_LEASE_S = 0.6
 
@@ -119,6 +121,14 @@ async def test_unusable_info_is_refused(replica: Any, info: Any, fields: dict[st
         await replica.stub.Register(iter([_first(info(**fields))]), timeout=15).read()
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert field.split(".")[1] in str(refused.value.details())
+
+
+async def test_info_that_would_fill_redis_and_every_watch_is_refused(replica: Any, info: Any) -> None:
+    large = info(labels={"note": "x" * MAX_INFO_BYTES})
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await replica.stub.Register(iter([_first(large)]), timeout=15).read()
+    assert from_rpc_error(refused.value).field == "info"
+    assert await replica.workers() == {}
 
 
 async def test_first_message_must_carry_info(replica: Any) -> None:

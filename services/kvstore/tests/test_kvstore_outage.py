@@ -12,7 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from omni_common.errors import InvalidRequest, Unavailable
+from omni_kvstore.feed import Feed, Position
+from omni_kvstore.membership import Leases, Renewal, Worker
+from omni_kvstore.memory import BlockMemory
 from omni_kvstore.metrics import Metrics
+from omni_kvstore.replica import Replica
 from omni_kvstore.settings import Settings
 from omni_kvstore.store import Limits, RedisStore
 
@@ -99,6 +103,42 @@ async def test_a_connection_that_ends_while_it_opens_is_an_outage() -> None:
     store = RedisStore(_HangsUp(), "c", Limits(1000, 1000, 10, 10, 10), Metrics(CollectorRegistry()))  # type: ignore[arg-type]
     with pytest.raises(Unavailable, match="the handler is closed"):
         await store.load()
+
+
+class _Hangs:
+    """A store whose Redis takes the first heartbeat and then answers none until `gone`."""
+
+    def __init__(self) -> None:
+        self.asked, self.gone = asyncio.Event(), asyncio.Event()
+        self._is_first = True
+
+    async def register(self, worker: Worker) -> Renewal:
+        if self._is_first:
+            self._is_first = False
+            return Renewal(accepted=True, epoch=worker.epoch, wants_snapshot=False)
+        self.asked.set()
+        await self.gone.wait()
+        raise Unavailable("Redis cannot be reached")
+
+
+async def test_who_beats_stays_however_long_redis_takes_to_fail() -> None:
+    store, metrics, now_s = _Hangs(), Metrics(CollectorRegistry()), 0.0
+    bounds = {"max_workers": 10, "memory_blocks": 10, "reconcile_s": 1.0, "wait_s": 1.0}
+    replica = Replica(store, Feed(10), Leases(5.0), metrics, clock=lambda: now_s, **bounds)  # type: ignore[arg-type]
+    worker = Worker("w1", 1000, "m", 16, b"")
+    replica.view.replace([worker], BlockMemory(10), Position("d", 1))
+    await replica.renew(worker)
+    now_s = 1.7
+    beat = asyncio.create_task(replica.renew(worker))
+    await store.asked.wait()
+    replica.view.is_degraded = True  # the follower's own call has failed first
+    now_s = 5.5
+    keeping = asyncio.create_task(replica.keep(60.0))
+    await asyncio.sleep(0)
+    assert replica.knows("w1")
+    store.gone.set()
+    await beat
+    keeping.cancel()
 
 
 async def test_emptied_redis_is_noticed_without_a_broken_connection(

@@ -257,6 +257,7 @@ def test_broken_layouts_are_named(tmp_path: Path, name: str, content: bytes, mes
     "array",
     [
         pytest.param(np.array([[1, -1]]), id="negative"),
+        pytest.param(np.array([[1, 1e300]]), id="huge"),
         pytest.param(np.array([[1.0, np.nan]]), id="not a number"),
         pytest.param(np.array([1, 2]), id="one dimension"),
         pytest.param(np.array([["a"]]), id="text"),

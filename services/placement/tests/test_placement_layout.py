@@ -155,6 +155,7 @@ def test_other_arrays_are_no_layouts(indicator: Any, slots: int | None) -> None:
         pytest.param({"num_groups": 2}, "num_groups", id="uneven groups"),
         pytest.param({"ranks_per_host": -1}, "ranks_per_host", id="negative"),
         pytest.param({"num_layers": 5000, "num_ranks": 5000}, "", id="beyond the bound on slots"),
+        pytest.param({"expert_bytes": 2**64 - 1}, "expert_bytes", id="beyond any expert"),
     ],
 )
 def test_infeasible_topology_is_named(parts: dict[str, Any], field: str) -> None:

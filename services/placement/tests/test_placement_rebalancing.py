@@ -108,6 +108,21 @@ async def test_a_plan_that_does_not_pay_says_what_it_would_gain_and_cost() -> No
         assert told.cost_ms >= 1e9
 
 
+async def test_ranks_that_hold_nothing_do_not_count_as_unevenly_loaded() -> None:
+    async with service() as stub:
+        worker, watch = await attached(stub)
+        await stub.SetRanks(pb.SetRanksRequest(**NAMES, excluded_ranks=[3]), timeout=DEADLINE_S)
+        loads = HELD.rank_loads(SKEWED)
+        await report(stub, SKEWED)
+        draining = await stub.GetLoad(pb.GetLoadRequest(**NAMES), timeout=DEADLINE_S)
+        assert draining.measured_imbalance == pytest.approx(loads.max(axis=1).sum() / loads.mean(axis=1).sum())
+        await worker.carry_out(await watch.read())
+        assert not worker.held.indicator[3].any()
+        await report(stub, SKEWED, worker.held, first_step=101)
+        emptied = await stub.GetLoad(pb.GetLoadRequest(**NAMES), timeout=DEADLINE_S)
+        assert emptied.measured_imbalance == pytest.approx(emptied.predicted_imbalance, rel=0.01)
+
+
 async def test_silent_groups_are_left_alone_and_do_not_hold_up_others() -> None:
     clock = Clock()
     async with serving(clock) as (placement, stub):

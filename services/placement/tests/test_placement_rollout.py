@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,25 @@ import grpc
 import pytest
 
 from omni.placement.v1 import placement_service_pb2 as pb
+from omni_placement.book import History, LayoutBook, Outcome
+from omni_placement.load.book import GroupName
+from omni_placement.rollout import Rollout
+from omni_placement.session import Ack
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from placement_client import DEADLINE_S, SHAPE, Worker, ended, layout_of, refused, service, serving, topology_to_wire
+from placement_client import (
+    DEADLINE_S,
+    SHAPE,
+    Clock,
+    Worker,
+    ended,
+    layout_of,
+    refused,
+    service,
+    serving,
+    topology_to_wire,
+)
 
 IDENTITY = layout_of([0, 1], [2, 3])
 SPARE = layout_of([0, 1], [2, 3], [0, 2])
@@ -296,6 +312,52 @@ async def test_a_migration_of_which_nothing_is_heard_is_given_up() -> None:
             (3, "rolled_back", pb.MIGRATION_OUTCOME_APPLYING),
             (2, "requested", FAILED),
         ]
+
+
+async def test_what_is_carried_out_while_others_are_given_up_is_not_given_up() -> None:
+    clock = Clock()
+    rollout = Rollout(LayoutBook(None, clock, groups=2, history=2, watch_queue=1), clock, 90, {}, 3600)
+    first, second = GroupName("m", "a"), GroupName("m", "b")
+    sessions = [await rollout.attach(name, "w", IDENTITY) for name in (first, second)]
+    clock.now_s += 91
+    overdue = rollout.overdue()
+    assert next(overdue).name == first
+    order = sessions[1].order
+    assert order is not None
+    await rollout.ack(Ack(second, "w", 1, order.migration_id, 0, Outcome.APPLIED))
+    assert list(overdue) == []
+
+
+class SlowStore:
+    """Keeps the newest version saved. Each save waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Semaphore(0), threading.Semaphore(0)
+        self.newest = 0
+
+    def save(self, history: History) -> None:
+        self.begun.release()
+        assert self.go.acquire(timeout=DEADLINE_S)
+        self.newest = history.in_force.version
+
+    def remove(self, name: GroupName) -> None:
+        raise AssertionError("nothing is forgotten here")
+
+
+async def test_an_ack_that_is_cancelled_while_it_is_saved_does_not_undo_what_follows() -> None:
+    store, clock, name = SlowStore(), Clock(), GroupName("m", "g")
+    store.go.release()
+    rollout = Rollout(LayoutBook(store, clock, groups=2, history=4, watch_queue=1), clock, 90, {}, 3600)
+    session = await rollout.attach(name, "w", IDENTITY)
+    assert store.begun.acquire(blocking=False) and session.order is not None
+    ack = asyncio.create_task(rollout.ack(Ack(name, "w", 1, session.order.migration_id, 0, Outcome.APPLIED)))
+    assert await asyncio.to_thread(store.begun.acquire, timeout=DEADLINE_S)
+    ack.cancel()
+    await asyncio.wait({ack})
+    publishing = asyncio.create_task(rollout.publish(name, SPARE, "imported", "requested"))
+    assert not await asyncio.to_thread(store.begun.acquire, timeout=0.2), "two saves at once"
+    store.go.release(2)
+    assert (await publishing).version == store.newest == 2
 
 
 async def test_rollback_to_a_version() -> None:

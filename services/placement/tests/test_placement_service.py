@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from omni.placement.v1 import placement_service_pb2 as pb
-from omni_common.errors import Internal, InvalidRequest
+from omni_common.errors import FailedPrecondition, Internal, InvalidRequest
 from omni_placement.app import running
 from omni_placement.load.book import GroupName
 from omni_placement.settings import Settings
@@ -103,6 +103,15 @@ async def test_unreadable_state_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(Internal, match=r"m\.json"):
         async with service(state_dir=tmp_path):
             pass
+
+
+async def test_two_services_do_not_share_their_state(tmp_path: Path) -> None:
+    async with service(state_dir=tmp_path, models={"m": CONFIGURED}):
+        with pytest.raises(FailedPrecondition, match="in use by another"):
+            async with service(state_dir=tmp_path):
+                pass
+    async with service(state_dir=tmp_path) as stub:
+        assert (await _get(stub, "m")).layout_version == 1
 
 
 async def test_watch_sends_the_layout_in_force_and_later_ones() -> None:

@@ -183,6 +183,14 @@ class ComparesAllWithAll(Sound):
         return super().choose(request, view)
 
 
+class AsksElsewhere(Sound):
+    """Waits for an answer that uses none of this process's time."""
+
+    def choose(self, request, view):
+        time.sleep(0.05 if len(view) == 64 else 0)
+        return super().choose(request, view)
+
+
 class RemembersEverybody(Sound):
     def __init__(self):
         super().__init__()
@@ -215,6 +223,7 @@ class RemembersEverybody(Sound):
         (Refuses, "raised Unavailable though a decode worker takes work"),
         (Raises, "raised what it may not: FailedPrecondition"),
         (ComparesAllWithAll, "a step is not linear in the fleet"),
+        (AsksElsewhere, "times as long as the policy cost, more than 30"),
         (RemembersEverybody, "its state is not bounded"),
     ],
 )
@@ -244,6 +253,11 @@ def in_place(request, view):
     return view.prefills
 
 
+def at_leisure(request, view):
+    time.sleep(0.05 if len(view) == 64 else 0)
+    return view.prefills
+
+
 def slowly(request, view):
     time.sleep(0)
     return np.array([any(a == b for b in reversed(view.ids)) for a in view.ids], np.bool_)
@@ -258,6 +272,7 @@ def slowly(request, view):
         (lambda request, view: view.kv_usage == view.kv_usage.max(), "raised what it may not: ValueError"),
         (lambda request, view: np.random.default_rng().random(len(view)) < 0.5, "answered differently"),
         (in_place, "wrote to the view"),
+        (at_leisure, "times as long as the policy cost, more than 30"),
         (slowly, "a step is not linear in the fleet"),
     ],
 )

@@ -1,5 +1,6 @@
 """The fleet's columns follow its members: slots, reports of load, views."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,24 @@ async def test_steps_are_learned_from_what_two_reports_differ_by(made: Fixture) 
     assert sorted(seen.error for seen in pure)[len(pure) // 2] < 0.1
     member.load = load
     assert len(made.seen) == 100, "no step, nothing to learn"
+
+
+async def test_who_has_gone_idle_is_not_slow_for_the_prompts_of_its_last_steps(made: Fixture) -> None:
+    """Nothing would show that it is not: a worker that looks slow gets no work."""
+    member = made.put("w")
+    load = Load()
+    for number in range(200):
+        prompts = 500 * (number // 10 % 2)
+        member.load = load = Load(
+            running=1,
+            steps=load.steps + 10,
+            busy_ms=load.busy_ms + 10 * (5 + 0.4 * prompts),
+            computed_prompt_tokens=load.computed_prompt_tokens + 10 * prompts,
+        )
+    assert made.view().times.step_ms[0] > 100
+    for _ in range(10):
+        member.load = replace(load, running=0)
+    assert made.view().times.step_ms[0] < 8
 
 
 async def test_the_steps_of_who_does_not_decode_teach_nothing(made: Fixture) -> None:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client import CollectorRegistry
 
-from omni_common.errors import DeadlineExceeded, OmniError, ResourceExhausted, Unavailable
+from omni_common.errors import DeadlineExceeded, Internal, OmniError, ResourceExhausted, Unavailable
+from omni_proxy.flow import queue as queue_module
 from omni_proxy.flow.gate import FlowGate, Turn
 from omni_proxy.flow.metrics import FlowMetrics, Release
+from omni_proxy.flow.orders import ORDERS, Order
 from omni_proxy.flow.pace import Pace
 from omni_proxy.flow.queue import FlowQueue
 from omni_proxy.flow.settings import BandSettings, FlowSettings
@@ -416,6 +418,56 @@ async def test_reconfiguring_loses_nobody():
         await b.free(50)
         assert b.order == [str(n) for n in (*range(49, 0, -2), *range(48, -1, -2))]
         assert b.metric("omni_proxy_flow_waiting", band="odd") == 0
+
+
+def _no_key(ticket: Ticket) -> tuple[float, ...]:
+    raise ValueError("a third party's order")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(Order(_no_key), id="raises"),
+        pytest.param(Order(lambda t: (None,)), id="no number"),  # type: ignore[arg-type,return-value]
+        pytest.param(Order(lambda t: (0.0,), hopeless_from_s=lambda t: 1 / 0), id="the instant raises"),
+    ],
+)
+async def test_an_order_that_raises_strands_nobody(monkeypatch, broken):
+    """Neither those who wait when it is configured nor, where nobody did, those who come afterwards."""
+    monkeypatch.setattr(queue_module, "known_orders", lambda: {**ORDERS, "broken": broken})
+    wrong = FlowSettings.model_construct(**dict(FlowSettings(max_requests=5)) | {"order": "broken"})
+    async with bench(order="fcfs") as b:
+        for number in range(20):
+            await b.ask(f"{number}")
+        with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
+            b.gate.reconfigure(wrong)
+        assert b.queue.settings.order == "fcfs"
+        await b.free(20)
+        assert b.order == [f"{number}" for number in range(20)]
+        b.room.free = 0
+        b.gate.reconfigure(wrong)
+        for number in range(6):
+            await b.ask(f"refused{number}")
+            refused = b.tasks.pop(f"refused{number}").exception()
+            assert isinstance(refused, ValueError | TypeError | ZeroDivisionError)
+        assert len(b.queue) == b.queue.size_bytes == 0
+        b.gate.reconfigure(FlowSettings())
+        await b.ask("late")
+        await b.free(1)
+        assert b.order[-1] == "late"
+
+
+async def test_a_prediction_that_raises_ends_the_head_and_leaves_the_others_a_look():
+    async with bench(order="fcfs") as b:
+        first, second = [await b.ask(name) for name in ("first", "second")]
+
+        def raises(ticket: Ticket) -> float:
+            del b.room.room_in_ms  # type: ignore[method-assign]
+            raise ZeroDivisionError
+
+        b.room.room_in_ms = raises  # type: ignore[method-assign]
+        await b.free(1)
+        assert isinstance(first.exception(), Internal) and second.done() and b.order == ["second"]
 
 
 async def test_service_is_settled_once_with_what_was_generated():

@@ -96,6 +96,16 @@ async def test_who_goes_away_while_held_gives_up_the_place(begin):
     await stack.until_settled()
 
 
+async def test_who_is_left_no_worker_by_a_filter_counts_as_dropped(begin):
+    nobody = {"name": "selector", "required": True, "parameters": {"match_labels": {"omni.zone": "nowhere"}}}
+    stack = await begin({"filters": [nobody]})
+    refused = await ask(stack, "refused")
+    assert refused.status_code == 503 and refused.headers["x-omni-dropped-reason"] == "filtered_out"
+    assert refused.headers["retry-after"] == "1"
+    assert stack.metric("omni_proxy_dropped_total", reason="filtered_out") == 1
+    await stack.until_settled()
+
+
 async def test_every_guarded_page_asks_for_a_key(begin):
     stack = await begin({"tenants": [{"name": "a", "keys": [{"key": "sk-a"}]}]})
     for path in (
@@ -153,6 +163,30 @@ async def test_tokens_of_a_refused_request_are_not_used(begin):
         "/v1/completions", json={"model": "tiny", "prompt": [], "max_tokens": 5}, headers={"x-omni-tenant": "a"}
     )
     assert wrong.status_code == 400
+    await stack.until_settled()
+
+
+async def test_what_the_queue_refuses_uses_no_tokens_and_is_explained(begin):
+    flow = ONE_AT_A_TIME | {"ttl_s": 0.05}
+    stack = await begin({"flow": flow, "tenants": [{"name": "a", "tokens_per_day": 1e6}]})
+    stack["p"].prefill_gate = asyncio.Event()
+    first = ask(stack, "first", x_omni_tenant="a")
+    await stack["p"].prefill_started.wait()
+    refused = await ask(stack, "refused", x_omni_tenant="a")
+    assert (refused.status_code, refused.headers["x-omni-dropped-reason"]) == (429, "queue_ttl")
+    explained = (await stack.client.get("/decisions/refused")).json()
+    assert (explained["error"], explained["reason"]) == ("RESOURCE_EXHAUSTED", "queue_ttl")
+    assert explained["seen"]["e2e_ms"] >= 50
+    stack["p"].prefill_gate.set()
+    usage = (await first).json()["usage"]
+    await stack.until_settled()
+    for whose in ("omni_proxy_prompt_tokens_total", "omni_proxy_tenant_prompt_tokens_total"):
+        labels = {"tenant": "a"} if "tenant" in whose else {}
+        assert stack.metric(whose, **labels) == usage["prompt_tokens"]
+    await stack.configure({"flow": flow, "tenants": [{"name": "a", "tokens_per_day": 2 * usage["total_tokens"]}]})
+    last = await ask(stack, "last", x_omni_tenant="a")
+    over = await ask(stack, "over", x_omni_tenant="a")
+    assert (last.status_code, over.headers["x-omni-dropped-reason"]) == (200, "tokens_per_day")
     await stack.until_settled()
 
 

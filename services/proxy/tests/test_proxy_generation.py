@@ -154,6 +154,9 @@ async def test_a_client_that_leaves_cancels_prefill(start):
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
         assert await stack["p"].aborted.get() == stack["p"].prefills[0].request_id
+        while not stack["p"].released:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert stack["p"].released == [stack["p"].prefills[0].request_id], "its answer might have been on its way"
     await stack.until_settled()
 
 

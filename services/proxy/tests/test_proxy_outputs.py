@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
+from omni_proxy.call_shape import CallShape
+from omni_proxy.chat_messages import chat_messages
+from omni_proxy.fields import Fields
 from omni_proxy.output_formats import FORMATS, OutputFormat, format_of
 from omni_proxy.output_parser import OutputParser, Parts, Reading
 from omni_proxy.text import ModelText
@@ -86,6 +89,61 @@ def test_one_call_at_a_time_keeps_the_first(name, output, cuts):
     assert [call.name for call in whole.calls] == ["look", "go"]
     assert [call.name for call in found.calls] == ["look"]
     assert found.content == whole.content
+
+
+def test_large_numbers_of_a_call_stay_exact():
+    body = '{"name": "pay", "arguments": {"wei": 123456789012345678901234567890}}'
+    found = read(f"<tool_call>{body}</tool_call>", Reading(FORMATS["hermes"], True), [])
+    assert [call.arguments for call in found.calls] == ['{"wei": 123456789012345678901234567890}']
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('{"wei": 123456789012345678901234567890}', {"wei": 123456789012345678901234567890}),
+        ("", {}),
+        ("{", "{"),
+        ("[1]", "[1]"),
+        ('{"a": NaN}', '{"a": NaN}'),
+        ('{"a": "\\ud800"}', '{"a": "\\ud800"}'),
+        ("[" * 1000 + "]" * 1000, "[" * 1000 + "]" * 1000),
+    ],
+)
+def test_calls_of_earlier_turns_are_objects_or_what_the_model_wrote(written, read):
+    call = {"id": "1", "type": "function", "function": {"name": "pay", "arguments": written}}
+    messages = chat_messages(Fields({"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}))
+    (message,) = CallShape().shaped(messages)
+    assert message["tool_calls"][0]["function"] == {"name": "pay", "arguments": read}
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        ("{{ m.content }}|{{ f.name }} {{ f.arguments | tojson }}", '|look {"at": 1}'),
+        ("{% for k, v in f.arguments | items %}{{ f.name }} {{ k }}={{ v }}{% endfor %}", "look at=1"),
+        ("{{ f.name + ' ' + f.arguments }}", 'look {"at":1}'),
+        (
+            "{% if m['content'] is none %}{{ f.name + '\\n' + f['arguments'] }}{% else %}said{% endif %}",
+            'look\n{"at":1}',
+        ),
+        ("{% if m.content is none %}{{ f.name }}{{ f.arguments | tojson }}{% else %}said{% endif %}", 'look{"at": 1}'),
+        ("{{ m.content }}", ""),
+    ],
+)
+def test_earlier_calls_are_shown_by_templates_of_every_kind(template, shown, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "m")
+    loop = "{% for m in messages if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+    (folder / "chat_template.jinja").write_text(f"{loop}{template}{{% endfor %}}")
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at":1}'}}
+    for nothing in ("", None):
+        turn = {"role": "assistant", "content": nothing, "tool_calls": [call]}
+        messages = chat_messages(Fields({"messages": [{"role": "user", "content": "Hi"}, turn]}))
+        assert ModelText(folder).render(messages) == shown
+
+
+def test_a_turn_may_be_reasoning_alone():
+    (message,) = chat_messages(Fields({"messages": [{"role": "assistant", "content": None, "reasoning": "Hm."}]}))
+    assert (message["content"], message["reasoning_content"]) == ("", "Hm.")
 
 
 def test_without_tools_in_the_request_calls_are_text():

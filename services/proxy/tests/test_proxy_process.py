@@ -57,6 +57,35 @@ async def test_sigterm_finishes_streams_and_refuses_new_ones(start, model_dir):
             await process.wait()
 
 
+async def test_what_the_drain_time_cuts_off_ends_in_an_error(start, model_dir):
+    stack = await start("d", hold_after=4)
+    worker = stack["d"]
+    settings = {"model_dir": str(model_dir), "workers": f"['{worker.address}']", "port": "0", "drain_timeout_s": "0.1"}
+    process = await launch(**settings)
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(30):
+            port = (await line_with(process, "serving"))["port"]
+            body = {"model": "tiny", "prompt": "hi", "max_tokens": 9}
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+                while (await client.get("/ready")).status_code != 200:
+                    continue
+                asked = [client.post("/v1/completions", json=body | {"stream": streams}) for streams in (True, False)]
+                running = [asyncio.create_task(answer) for answer in asked]
+                await worker.held.wait()
+                process.terminate()
+                streamed, whole = await asyncio.gather(*running)
+            assert (whole.status_code, whole.json()["error"]["code"]) == (503, "draining")
+            last = streamed.text.strip().split("\n\n")[-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+            assert await process.wait() == 0
+            assert b"Traceback" not in await process.stderr.read()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 async def test_who_connected_before_the_end_is_answered(model_dir):
     process = await launch(model_dir=str(model_dir), workers="127.0.0.1:1", port="0")
     try:

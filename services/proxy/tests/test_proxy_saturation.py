@@ -1,10 +1,12 @@
 """What autoscalers read: how full each role is."""
 
 import asyncio
+import re
+import threading
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from omni_common.prefix_index import PrefixIndex
 from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
@@ -81,6 +83,35 @@ async def test_each_worker_is_as_full_as_its_fuller_role(fleet: Fleet) -> None:
     with fleet.ledger.charge("p", (5000, 0)):
         full = Saturation(fleet, lambda: Slo(1000.0), lambda: 9.0).workers()
     assert full == {"p": pytest.approx(0.5225), "d1": 0.5, "d2": 0.0}
+
+
+async def test_who_scrapes_from_a_thread_reads_what_the_page_says(start: Any) -> None:
+    """METRICS_PORT is served by one. What the figures come from is read by the loop alone."""
+    stack = await start("p d")
+    threads = set()
+    fleet = stack.proxy.fleet
+    tell = fleet.times.confidence
+
+    def confidence() -> Any:
+        threads.add(threading.get_ident())
+        return tell()
+
+    fleet.times.confidence = confidence  # type: ignore[method-assign]
+    await stack.chat(stream=False)
+    scraped = (await asyncio.to_thread(generate_latest, stack.registry)).decode()
+    for line in (
+        'omni_proxy_workers{role="decode"} 1.0',
+        'omni_proxy_worker_health{state="closed"} 2.0',
+        'omni_proxy_prediction_confidence{model="prefill"}',
+        'omni_proxy_saturation{role="prefill"}',
+        'omni_proxy_flow_waiting{band="default"} 0.0',
+    ):
+        assert line in scraped
+    assert float(re.search(r"^omni_proxy_prefix_blocks (\S+)", scraped, re.MULTILINE)[1]) > 0  # type: ignore[index]
+    assert threads == {threading.get_ident()}
+    fleet.drop("d")
+    again = (await asyncio.to_thread(generate_latest, stack.registry)).decode()
+    assert 'omni_proxy_workers{role="decode"} 0.0' in again
 
 
 async def test_the_page_and_the_metric(start: Any) -> None:

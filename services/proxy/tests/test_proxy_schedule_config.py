@@ -14,6 +14,7 @@ from omni_common.errors import InvalidRequest
 from omni_proxy import schedule_config
 from omni_proxy.config_watch import ConfigMetrics, ConfigWatcher, Live
 from omni_proxy.schedule_config import PolicySettings, ScheduleConfig, SloSettings
+from omni_proxy.scheduling.plugins import Parameters, Plugin
 from omni_proxy.scheduling.policies.load import RoundRobin
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "scheduler.example.yaml"
@@ -55,6 +56,10 @@ def load(tmp_path: Path, content: Any) -> ScheduleConfig:
         ({"polcy": {}}, "polcy: unknown 'polcy'; did you mean 'policy'?"),
         ("- a\n- b", "must hold a mapping"),
         ("policy: {", "is not YAML"),
+        ("tenants: [{name: a}]\nslo: {}\ntenants: [{name: b}]", "'tenants' is given twice"),
+        ("flow: {ttl_s: 1, ttl_s: 2}", "'ttl_s' is given twice"),
+        ("tenants: [{name: a, tokens_per_day: .inf}]", "tenants.0.tokens_per_day: Input should be a finite number"),
+        ("tenants: [{name: a, weight: .nan}]", "tenants.0.weight: Input should be "),
     ],
 )  # fmt: skip
 def test_a_wrong_file_says_where_and_why(tmp_path, content, message):
@@ -64,9 +69,30 @@ def test_a_wrong_file_says_where_and_why(tmp_path, content, message):
 
 
 def test_a_plug_in_without_parameters_may_be_its_name_alone(tmp_path):
-    config = load(tmp_path, "policy: round_robin\npredictor: prior\nfilters: [role]")
+    config = load(tmp_path, "policy: round_robin\npredictor: prior\nfilters: [lora]")
     assert isinstance(ScheduleConfig(policy=config.policy).make_policy(), RoundRobin)
-    assert config.predictor.name == "prior" and [f.name for f in config.filters] == ["role"]
+    assert config.predictor.name == "prior" and [f.name for f in config.filters] == ["lora"]
+
+
+def test_a_parameter_that_a_plug_in_has_to_be_given_is_asked_for(tmp_path, monkeypatch):
+    class Needs(Parameters):
+        endpoint: str
+
+    monkeypatch.setattr(PolicySettings, "known", lambda: {"needs": Plugin(Needs, lambda given: RoundRobin(given))})
+    for content in ("policy: needs", {"policy": {"name": "needs"}}):
+        with pytest.raises(InvalidRequest, match=r"policy\.parameters: parameter 'endpoint' of needs: Field required"):
+            load(tmp_path, content)
+
+
+def test_a_plug_in_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(PolicySettings, "known", lambda: {"broken": Plugin(Parameters, lambda given: 1 / 0)})
+    with pytest.raises(InvalidRequest, match=r"policy\.parameters: broken cannot be made: ZeroDivisionError: "):
+        load(tmp_path, "policy: broken")
+
+
+def test_what_is_merged_into_a_mapping_may_be_said_otherwise_there(tmp_path):
+    config = load(tmp_path, "tenants:\n- &one {name: a, weight: 2, max_inflight: 3}\n- {<<: *one, name: b, weight: 4}")
+    assert [(t.name, t.weight, t.max_inflight) for t in config.tenants] == [("a", 2, 3), ("b", 4, 3)]
 
 
 def test_a_digest_may_be_in_capitals(tmp_path):
@@ -171,6 +197,7 @@ class Watched:
             self.write(text)
             self.stamp += 10**9
             os.utime(self.path, ns=(self.stamp, self.stamp))
+            await self.watcher.check()
         await self.watcher.check()
 
     def reloads(self, result: str) -> float:
@@ -192,6 +219,12 @@ async def test_a_change_comes_into_force_once(watched):
     assert watched.registry.get_sample_value("omni_proxy_config_info", {"digest": digest}) == 1
 
 
+async def test_another_predictor_waits_for_a_restart_and_is_not_shown_as_in_force(watched, caplog):
+    await watched.check("flow: {ttl_s: 2}\npredictor: prior")
+    assert watched.live.value.flow.ttl_s == 2 and watched.live.value.predictor.name == "linear"
+    assert any("predictor" in record.message for record in caplog.records)
+
+
 async def test_an_invalid_file_changes_nothing_until_it_is_right(watched, caplog):
     await watched.check("flow: {ttl_s: no}")
     await watched.check()
@@ -210,6 +243,19 @@ async def test_a_value_that_a_subscriber_refuses_is_not_in_force(watched, caplog
     assert watched.live.value.flow.ttl_s == 1 and watched.reloads("failed") == 1
 
 
+async def test_who_heard_of_a_refused_value_hears_of_the_former_again(watched):
+    """Else parts would stay in force of a file that is not, and writing the former one back would not help."""
+
+    def refuse(config: ScheduleConfig) -> None:
+        if config.flow.ttl_s == 2:
+            raise RuntimeError("a plug-in that cannot be built")
+
+    watched.live.subscribe(refuse)
+    watched.live.subscribe(lambda config: watched.seen.append(-config.flow.ttl_s))
+    await watched.check("flow: {ttl_s: 2}")
+    assert watched.seen == [2, 1]
+
+
 async def test_a_file_that_is_away_for_a_moment_is_waited_for(watched):
     watched.path.unlink()
     await watched.check()
@@ -223,10 +269,29 @@ async def test_the_watcher_looks_again_and_again(watched):
     async def sleep(seconds: float) -> None:
         nonlocal naps
         naps += 1
-        watched.write(f"flow: {{ttl_s: {naps + 1}0}}")
-        if naps == 3:
+        if naps % 2:
+            watched.write(f"flow: {{ttl_s: {naps + 1}0}}")
+        if naps == 5:
             raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
         await watched.watcher.run(sleep)
-    assert watched.seen == [20, 30]
+    assert watched.seen == [20, 40]
+
+
+async def test_a_file_that_is_being_written_is_not_in_force_until_it_stays_as_it_is(watched):
+    """What has been written of it may do without the tenants and their keys."""
+    for part in ("", "flow: {ttl_s: 7}", "flow: {ttl_s: 7}\nslo: {ttft_ms: 5}"):
+        watched.write(part)
+        await watched.watcher.check()
+        assert watched.seen == []
+    await watched.watcher.check()
+    assert watched.seen == [7] and watched.live.value.slo.ttft_ms == 5
+
+
+async def test_a_file_that_is_written_again_and_again_alike_is_in_force(watched):
+    for stamp in range(3):
+        watched.write("flow: {ttl_s: 7}")
+        os.utime(watched.path, ns=(stamp, stamp))
+        await watched.watcher.check()
+    assert watched.seen == [7]

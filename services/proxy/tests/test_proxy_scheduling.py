@@ -10,6 +10,7 @@ from omni_proxy.ledger import Ledger
 from omni_proxy.ports import KvHandle
 from omni_proxy.sampling import Sampling
 from omni_proxy.scheduling.columns import Columns
+from omni_proxy.sequence import OutputLengths
 from omni_proxy.settings import Settings
 
 
@@ -65,3 +66,16 @@ def test_settings_name_what_is_wrong(tmp_path):
     assert (settings.workers, settings.model) == (("a:1", "b:2"), tmp_path.name)
     with pytest.raises(InvalidRequest, match="known: cost, earliest_batch, "):
         Settings.load(environ | {"OMNI_PROXY_POLICY": "best"})
+
+
+def test_a_proxy_that_has_just_started_soon_knows_how_long_answers_are():
+    lengths = OutputLengths(first_guess=128)
+    assert lengths.expect(10_000) == 128
+    for _ in range(24):
+        lengths.saw(4000)
+    assert lengths.expect(10_000) > 0.7 * 4000
+    for _ in range(500):
+        lengths.saw(4000)
+    lengths.saw(1)
+    assert lengths.expect(10_000) > 0.97 * 4000  # one answer tells little
+    assert lengths.expect(16) == 16

@@ -118,6 +118,15 @@ def test_keys_that_cannot_be_meant(key):
         TenantSettings.model_validate({"name": "a", "keys": [key]})
 
 
+@pytest.mark.parametrize("key", [{"key": " sk"}, {"key_env": "FREE_KEY"}])
+def test_a_key_that_no_header_can_bring_is_refused_unprinted(monkeypatch, key):
+    """A file's last line end in a variable let nobody in, and nothing said why."""
+    monkeypatch.setenv("FREE_KEY", "sk-free\n")
+    with pytest.raises(ValidationError, match="begins or ends with white space") as refused:
+        TenantSettings.model_validate({"name": "a", "keys": [key]})
+    assert "sk" not in str(refused.value.errors(include_input=False))
+
+
 def test_a_key_is_not_in_what_is_printed():
     tenant = settings(KEYED[0])[0]
     assert "sk-gold" not in repr(tenant) and "sk-gold" not in tenant.model_dump_json()
@@ -226,8 +235,10 @@ def test_more_than_expected_is_a_debt():
     assert refusal(bench.enter().charge, 10).retry_after_s == pytest.approx(61)
 
 
-def test_what_never_fits_is_refused_without_a_time_to_retry():
-    assert refusal(Bench({"name": "a", "tokens_per_minute": 10}).enter().charge, 11).retry_after_s is None
+@pytest.mark.parametrize("limit", ["tokens_per_minute", "tokens_per_day"])
+def test_what_never_fits_is_refused_without_a_time_to_retry(limit):
+    error = refusal(Bench({"name": "a", limit: 10}).enter().charge, 11)
+    assert error.reason == limit and error.retry_after_s is None
 
 
 def test_tokens_of_a_day_end_at_midnight():
@@ -236,6 +247,29 @@ def test_tokens_of_a_day_end_at_midnight():
     error = refusal(bench.enter().charge, 11)
     assert error.reason == "tokens_per_day" and error.retry_after_s == pytest.approx(23 * 3600)
     bench.pass_s(23 * 3600)
+    bench.enter().charge(100)
+
+
+def test_what_was_charged_yesterday_is_not_given_back_today():
+    bench = Bench({"name": "a", "tokens_per_day": 100})
+    late = bench.enter()
+    late.charge(90)
+    bench.pass_s(23 * 3600)
+    bench.enter().charge(95)
+    late.end(5)
+    assert refusal(bench.enter().charge, 6).reason == "tokens_per_day"
+    bench.enter().charge(5)
+
+
+def test_a_clock_that_is_set_back_over_midnight_gives_no_second_day():
+    bench = Bench({"name": "a", "tokens_per_day": 100})
+    bench.pass_s(23 * 3600)
+    bench.enter().charge(100)
+    bench.wall -= 2
+    assert refusal(bench.enter().charge, 1).reason == "tokens_per_day"
+    bench.wall += 2
+    assert refusal(bench.enter().charge, 1).reason == "tokens_per_day"
+    bench.wall -= 365 * 86_400
     bench.enter().charge(100)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,21 @@ async def test_split_characters_are_never_shown(text, words):
     detokenizer = text.detokenizer(skip_special_tokens=True)
     pieces = [detokenizer.push([i]) for i in ids]
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_tokens_of_byte_fallback_are_told_apart(tmp_path):
+    tokenizer = byte_fallback_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = ModelText(tmp_path)
+    shown = {t: text.token_text(tokenizer.token_to_id(t)) for t in ("▁the", "▁你", "fox", "<0x41>", "<0xE4>", "</s>")}
+    assert shown == {
+        "▁the": (" the", b" the"),
+        "▁你": (" 你", " 你".encode()),
+        "fox": ("fox", b"fox"),
+        "<0x41>": ("A", b"A"),
+        "<0xE4>": ("\N{REPLACEMENT CHARACTER}", b"\xe4"),
+        "</s>": ("</s>", b"</s>"),
+    }
 
 
 def test_a_long_run_of_byte_tokens_is_shown_before_it_ends(tmp_path):
@@ -127,6 +143,39 @@ def test_a_template_may_refuse(model_dir, tmp_path):
     (tmp_path / "m" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         ModelText(tmp_path / "m").render(MESSAGES)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 'a' + 1 }}"])
+def test_what_a_template_cannot_do_is_told_to_the_caller(model_dir, tmp_path, template):
+    shutil.copytree(model_dir, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    with pytest.raises(InvalidRequest, match="cannot render the messages"):
+        ModelText(tmp_path / "m").render(MESSAGES)
+
+
+def test_tools_nested_too_deeply_are_the_callers_to_mend(model_dir):
+    schema: dict[str, Any] = {}
+    for _ in range(sys.getrecursionlimit()):
+        schema = {"items": schema}
+    with pytest.raises(InvalidRequest, match="RecursionError"):
+        ModelText(model_dir).render(MESSAGES, tools=[schema])
+
+
+def test_a_default_of_zero_is_a_default(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"temperature": 0.0, "top_p": null}')
+    assert ModelText(tmp_path / "m").sampling_defaults == {"temperature": 0.0}
+
+
+async def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "m")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for words in ("fox", "The quick brown fox " * 10):
+        ids = await ModelText(folder).encode(words, add_special_tokens=True)
+        assert ids == await ModelText(model_dir).encode(words, add_special_tokens=True)
 
 
 async def test_long_texts_are_tokenized_like_short_ones(model_dir):

@@ -1,12 +1,21 @@
 """Malformed requests: status, named field, and no worker touched."""
 
+import asyncio
+import gzip
 import json
+import shutil
+import threading
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, processors
+
+from omni_proxy import bodies
+from omni_proxy.text import ModelText
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 PLAIN = {"model": "tiny", "prompt": "hi", "max_tokens": 4}
+
 CHAT_CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ({"model": None}, 400, "model"),
     ({"model": 3}, 400, "model"),
@@ -26,10 +35,11 @@ CHAT_CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text"),
     (
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}]},
         400,
         "messages[0].tool_calls[0].function.arguments",
     ),
+    ({"messages": [{"role": "assistant", "content": None}]}, 400, "messages[0].content"),
     ({"max_tokens": 0}, 400, "max_tokens"),
     ({"max_tokens": -1}, 400, "max_tokens"),
     ({"max_tokens": 1.5}, 400, "max_tokens"),
@@ -54,9 +64,11 @@ CHAT_CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ({"stop_token_ids": ["a"]}, 400, "stop_token_ids"),
     ({"stop_token_ids": [100_000]}, 400, "stop_token_ids"),
     ({"min_tokens": 5}, 400, "min_tokens"),
+    ({"min_tokens": 2**40, "max_tokens": None}, 400, "min_tokens"),
     ({"logit_bias": {"a": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"5": 101}}, 400, "logit_bias.5"),
     ({"logit_bias": {"100000": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, 400, "logit_bias"),
     ({"logit_bias": [1]}, 400, "logit_bias"),
     ({"logprobs": 3}, 400, "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
@@ -79,6 +91,15 @@ CHAT_CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ({"tool_choice": "required"}, 400, "tool_choice"),
     ({"tools": [{"type": "function"}]}, 400, "tools[0].function.name"),
     ({"tools": {}}, 400, "tools"),
+    ({"bad_words": ["a"]}, 400, "bad_words"),
+    ({"allowed_token_ids": [5]}, 400, "allowed_token_ids"),
+    ({"truncate_prompt_tokens": 5}, 400, "truncate_prompt_tokens"),
+    ({"return_token_ids": True}, 400, "return_token_ids"),
+    ({"prompt_logprobs": 0}, 400, "prompt_logprobs"),
+    ({"priority": 1}, 400, "priority"),
+    ({"chat_template": "{{ messages }}"}, 400, "chat_template"),
+    ({"echo": True}, 400, "echo"),
+    ({"reasoning_effort": 1}, 400, "reasoning_effort"),
     ({"user": 4}, 400, "user"),
     ({"ignore_eos": 1}, 400, "ignore_eos"),
     ({"chat_template_kwargs": "x"}, 400, "chat_template_kwargs"),
@@ -99,6 +120,7 @@ PLAIN_CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ({"prompt": ["a"] * 20, "n": 16}, 400, "n"),
     ({"prompt": [5] * 300}, 400, "prompt"),
     ({"suffix": "x"}, 400, "suffix"),
+    ({"prompt_embeds": "AAAA"}, 400, "prompt_embeds"),
     ({"best_of": 2}, 400, "best_of"),
     ({"logprobs": 21}, 400, "logprobs"),
     ({"logprobs": True}, 400, "logprobs"),
@@ -150,7 +172,7 @@ async def test_a_fault_of_ours_has_an_error_object_too(stack, monkeypatch):
     def fails(*_):
         raise KeyError("words of the prompt")
 
-    monkeypatch.setattr("omni_proxy.http.parse_json", fails)
+    monkeypatch.setattr("omni_proxy.bodies.parse_json", fails)
     response = await stack.client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
     assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
     assert response.json()["error"]["code"] == "unexpected"
@@ -167,13 +189,55 @@ async def test_a_body_without_length_is_bounded_while_it_is_read(stack):
     assert response.status_code == 413
 
 
+async def test_long_conversations_are_taken_apart_and_rendered_beside_the_streams(stack, monkeypatch):
+    threads = []
+
+    def noting(of, name):
+        really = getattr(of, name)
+
+        def noted(*args, **kwargs):
+            threads.append((name, threading.current_thread() is threading.main_thread()))
+            return really(*args, **kwargs)
+
+        monkeypatch.setattr(of, name, noted)
+
+    noting(bodies, "parse_json")
+    noting(ModelText, "render")
+    long = [{"role": "user", "content": "hi" * 10}] * 2000
+    assert (await stack.client.post("/tokenize", json={"messages": CHAT["messages"]})).status_code == 200
+    answer = await stack.client.post("/tokenize", json={"messages": long})
+    assert answer.json()["count"] > len(long)
+    short, aside = [("parse_json", True), ("render", True)], [("parse_json", False), ("render", False)]
+    assert threads == short + aside
+
+
+async def test_a_packed_body_is_refused_as_such(stack):
+    packed = gzip.compress(json.dumps(CHAT).encode())
+    headers = {"content-encoding": "gzip"}
+    response = await stack.client.post("/v1/chat/completions", content=packed, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_encoding")
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_fault_of_ours(stack, caplog):
+    _, writer = await asyncio.open_connection(*stack.url.removeprefix("http://").split(":"))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    async with asyncio.timeout(5):
+        while not stack.metric("omni_proxy_requests_total", code="499"):
+            await stack.client.get("/health")
+    assert not stack.metric("omni_proxy_requests_total", code="500")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_too_long_prompts_have_their_code(stack):
     response = await stack.client.post("/v1/completions", json=PLAIN | {"prompt": [5] * 256})
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 async def test_wrong_methods_and_paths(stack):
-    assert (await stack.client.get("/v1/completions")).status_code == 405
+    wrong = await stack.client.get("/v1/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert (await stack.client.post("/v2/completions", json={})).status_code == 404
 
 
@@ -183,6 +247,8 @@ async def test_wrong_methods_and_paths(stack):
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ("/tokenize", {"model": "other", "prompt": "a"}, "model"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": "a"}, "chat_template"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, "tokens"),
     ],
@@ -196,12 +262,39 @@ async def test_accepted_requests_reach_the_engine_as_asked(start):
     asked = CHAT | {
         "top_k": -1, "top_p": 0.9, "min_p": 0.1, "stop_token_ids": [9], "ignore_eos": True, "min_tokens": 2,
         "logit_bias": {"5": -100}, "unknown_field": {"a": 1}, "temperature": 0, "repetition_penalty": 1.1,
+        "bad_words": [], "priority": 0, "echo": False, "use_beam_search": False,
     }  # fmt: skip
     response = await stack.client.post("/v1/chat/completions", content=json.dumps(asked))
     assert response.status_code == 200
     sampling = stack["d"].submits[0].sampling
     assert (sampling.top_k, sampling.top_p, sampling.temperature, sampling.min_tokens) == (0, 0.9, 0.0, 2)
     assert (list(sampling.stop_token_ids), dict(sampling.logit_bias), sampling.ignore_eos) == ([9], {5: -100.0}, True)
+
+
+async def test_a_chat_is_tokenized_as_the_tokenize_page_says(start, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / model_dir.name)
+    template = "{{ messages[0].content }} {{ reasoning_effort }} {{ enable_thinking }} {{ documents }}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stack = await start("d", {"model_dir": folder})
+    prompts = []
+    for extra in (
+        {},
+        {"add_special_tokens": True},
+        {"reasoning_effort": "none"},
+        {"reasoning_effort": "low"},
+        {"documents": [{"text": "a"}]},
+        {"chat_template_kwargs": {"self": 1, "reasoning_effort": "odd"}},
+    ):
+        tokens = (await stack.client.post("/tokenize", json={"messages": CHAT["messages"]} | extra)).json()["tokens"]
+        assert (await stack.client.post("/v1/chat/completions", json=CHAT | extra)).status_code == 200, extra
+        assert list(stack["d"].submits[-1].token_ids) == tokens, extra
+        prompts.append(tokenizer.decode(tokens, skip_special_tokens=False))
+    assert prompts == [
+        "hi   ", "<|endoftext|>hi   ", "hi none False ", "hi low True ", "hi   [{'text': 'a'}]", "hi odd  ",
+    ]  # fmt: skip
 
 
 async def test_a_salt_reaches_both_legs_and_the_keys(start):

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry import propagate, trace
 
-from omni_common.errors import DeadlineExceeded, Internal, OmniError
+from omni_common.errors import DeadlineExceeded, Internal, InvalidRequest, OmniError
 from omni_common.rpc_errors import abort
 from omni_common.settings import TlsSettings
 
@@ -55,12 +56,36 @@ class _ErrorsAndTraces(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None or details.method.startswith(("/grpc.health", "/grpc.reflection")):
             return handler
         parent = propagate.extract({k: v for k, v in details.invocation_metadata or () if isinstance(v, str)})
-        name = details.method.lstrip("/")
+        name, parse = details.method.lstrip("/"), _parser(handler.request_deserializer)
         if handler.request_streaming or handler.response_streaming:
-            return _streaming(handler, name)
+            return _streaming(handler, name, parse)
         return grpc.unary_unary_rpc_method_handler(
-            _unary(handler.unary_unary, name, parent), handler.request_deserializer, handler.response_serializer
+            _unary(handler.unary_unary, name, parent), parse, handler.response_serializer
         )
+
+
+def _parser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """What cannot be parsed becomes an error in the message's place, for the call to raise: raised here, gRPC would
+    answer UNKNOWN and log a traceback."""
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return InvalidRequest("the request is not a message of this contract", reason="unreadable")
+
+    return parsed
+
+
+def _readable(request: Any) -> Any:
+    if isinstance(request, InvalidRequest):
+        raise request
+    return request
+
+
+async def _all_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
 
 
 def _unary(call: Any, name: str, parent: Any) -> Any:
@@ -72,7 +97,7 @@ def _unary(call: Any, name: str, parent: Any) -> Any:
         with tracer.start_as_current_span(name, context=parent, kind=trace.SpanKind.SERVER) as span:
             try:
                 async with asyncio.timeout(limit_s):
-                    return await call(request, context)
+                    return await call(_readable(request), context)
             except TimeoutError:
                 await abort(context, DeadlineExceeded(f"{name}: no answer within {limit_s:.3f} s"))
             except OmniError as error:
@@ -84,17 +109,18 @@ def _unary(call: Any, name: str, parent: Any) -> Any:
     return bounded
 
 
-def _streaming(handler: Any, name: str) -> Any:
+def _streaming(handler: Any, name: str, parse: Callable[[bytes], Any]) -> Any:
     """Streaming calls live long, so they are bounded by keepalive and carry no span of their own."""
     if handler.response_streaming:
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
         inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        readable = _all_readable if handler.request_streaming else _readable
 
         async def responses(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                async for response in inner(request, context):
+                async for response in inner(readable(request), context):
                     yield response
             except OmniError as error:
                 await abort(context, error)
@@ -103,11 +129,11 @@ def _streaming(handler: Any, name: str) -> Any:
             except Exception as error:
                 await _abort_internal(context, name, error)
 
-        return make(responses, handler.request_deserializer, handler.response_serializer)
+        return make(responses, parse, handler.response_serializer)
 
     async def response(requests: Any, context: Any) -> Any:
         try:
-            return await handler.stream_unary(requests, context)
+            return await handler.stream_unary(_all_readable(requests), context)
         except OmniError as error:
             await abort(context, error)
         except grpc.aio.AbortError:
@@ -115,7 +141,7 @@ def _streaming(handler: Any, name: str) -> Any:
         except Exception as error:
             await _abort_internal(context, name, error)
 
-    return grpc.stream_unary_rpc_method_handler(response, handler.request_deserializer, handler.response_serializer)
+    return grpc.stream_unary_rpc_method_handler(response, parse, handler.response_serializer)
 
 
 async def _abort_internal(context: Any, name: str, error: Exception) -> None:

@@ -344,7 +344,10 @@ class Engine(Protocol):
         """
 
     async def release(self, lease_id: str) -> bool:
-        """End a lease early; False if there is none of that name (pulled, expired, never was)."""
+        """End a lease early; False if there is none of that name (pulled, expired, never was).
+
+        The name of the prefill's request does too, for a caller who never saw the answer.
+        """
 
     async def submit(self, job: DecodeJob, sink: StepSink) -> None:
         """Start a sequence; its outputs go to `sink`, the last one with a finish reason.

@@ -40,7 +40,7 @@ from omni_engine.vllm_events import EventReader, KvGroups
 from omni_engine.vllm_experts import AGREE_EVERY_STEPS, NUDGE, Experts
 from omni_engine.vllm_kernels import read_kernel_calls
 from omni_engine.vllm_launch import build, describe
-from omni_engine.vllm_leases import CLOCKS_DIFFER_S, LEASE_ENDS, Leases
+from omni_engine.vllm_leases import CLOCKS_DIFFER_S, LEASE_BEGAN, LEASE_ENDS, Leases, numbered
 from omni_engine.vllm_outputs import (
     PendingPrefill,
     RunningSequence,
@@ -137,7 +137,7 @@ class VllmEngine:
             if self._dead.done():
                 raise Unavailable(self._dead.result(), reason="engine_dead") from None
             raise
-        handle = _handle(output, job, self.info, _granted_s(timestamp_s), self._settings.lease_s)
+        handle = _handle(output, job, self.info, self._settings.lease_s)
         if handle is not None:
             leases.grant(handle.lease_id, handle.lease_s)
         stats = output.prefill_stats
@@ -313,7 +313,7 @@ class VllmEngine:
 
     def _core_id(self, request_id: str) -> str:
         """vLLM refuses a name it has seen and not yet forgotten; a resubmitted request keeps its own name."""
-        return f"{request_id}#{next(self._numbers)}"
+        return numbered(request_id, next(self._numbers))
 
     async def _abandon(self, core_id: str) -> None:
         if self._tracker.drop(core_id) is not None and not self._dead.done():
@@ -379,11 +379,12 @@ class VllmEngine:
             await self._llm.engine_core.reset_prefix_cache_async()
 
 
-def _handle(output: Any, job: PrefillJob, info: EngineInfo, granted_s: float, lease_s: float) -> KvHandle | None:
+def _handle(output: Any, job: PrefillJob, info: EngineInfo, lease_s: float) -> KvHandle | None:
     transfer = output.kv_transfer_params
     if not transfer or not transfer.get("remote_block_ids") or str(output.finish_reason) != "length":
         return None
     groups = [list(group) for group in transfer["remote_block_ids"]]
+    ends_s = transfer.pop(LEASE_BEGAN) + lease_s
     return KvHandle(
         opaque=json.dumps(transfer | {"remote_block_ids": groups}).encode(),
         engine_id=info.engine_id,
@@ -392,7 +393,7 @@ def _handle(output: Any, job: PrefillJob, info: EngineInfo, granted_s: float, le
         num_blocks=max(map(len, groups)),
         block_size=info.block_size,
         lease_s=lease_s,
-        lease_ends_unix_ms=int((granted_s + lease_s) * 1000),
+        lease_ends_unix_ms=int(ends_s * 1000),
     )
 
 
@@ -400,11 +401,6 @@ def _trusted_end_s(handle: KvHandle) -> float:
     """Unix time until when its blocks may be used; 0 where the clocks differ, as a grant in the future shows."""
     ends_s = handle.lease_ends_unix_ms / 1000
     return ends_s if ends_s - handle.lease_s < time.time() + CLOCKS_DIFFER_S else 0.0
-
-
-def _granted_s(timestamp_s: float) -> float:
-    """Unix time of a timestamp of the engine core's, which is on the machine's monotonic clock."""
-    return time.time() - (time.monotonic() - timestamp_s)
 
 
 def _one_line(error: Exception) -> str:

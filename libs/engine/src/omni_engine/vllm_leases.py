@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 LEASE_ENDS = "omni_lease_ends_unix_s"
 """When, in the `kv_transfer_params` of a request that pulls."""
+LEASE_BEGAN = "omni_lease_began_unix_s"
+"""No later than when it did, in those that a finished prefill hands over."""
 CLOCKS_DIFFER_S = 1.0
 """At most, between the machines of two engines."""
 
@@ -22,6 +24,15 @@ _RPC_TIMEOUT_S = 10.0
 # The worker learns of a lease one engine step after the frontend; an idle engine steps every millisecond or so.
 _RELEASE_ATTEMPTS = 20
 _RELEASE_PAUSE_S = 0.02
+
+
+def numbered(request_id: str, number: int) -> str:
+    """The engine core's name of a request, and of its lease."""
+    return f"{request_id}#{number}"
+
+
+def _request_of(lease_id: str) -> str:
+    return lease_id.rpartition("#")[0]
 
 
 class Leases:
@@ -42,8 +53,11 @@ class Leases:
         self._expiry_s[lease_id] = time.monotonic() + lease_s
         self._granted.set()
 
-    async def release(self, lease_id: str) -> bool:
-        """End one lease; False if the engine holds none of that name."""
+    async def release(self, name: str) -> bool:
+        """End one lease, named by itself or by its request; False if the engine holds none of that name."""
+        lease_id = name
+        if name not in self._expiry_s:
+            lease_id = next((held for held in self._expiry_s if _request_of(held) == name), name)
         for _ in range(_RELEASE_ATTEMPTS):
             if any(lease_id in held for held in await self._call("omni_release_leases", [lease_id])):
                 self._expiry_s.pop(lease_id, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl
 
-from omni_engine.vllm_leases import CLOCKS_DIFFER_S, LEASE_ENDS
+from omni_engine.vllm_leases import CLOCKS_DIFFER_S, LEASE_BEGAN, LEASE_ENDS
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,11 @@ class UntilLeaseEnds:
         super().__init__(*args, **kwargs)
         self._pulls: dict[str, tuple[float, set[int]]] = {}
         self._late_blocks: set[int] = set()
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> Any:
+        began_s = time.time()  # before the connector reads its own clock: this process may be stopped between the two
+        is_held, params = super().request_finished_all_groups(request, block_ids)  # type: ignore[misc]
+        return is_held, params and params | {LEASE_BEGAN: began_s}
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         ends = _ends_of(self.connector_scheduler)

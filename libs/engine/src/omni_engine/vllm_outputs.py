@@ -104,9 +104,7 @@ class Tracker:
         for output in outputs.outputs:
             if (sequence := self.sequences.get(output.request_id)) is not None:
                 by_sink.setdefault(sequence.sink, []).append(self._advance(sequence, output, outputs.timestamp))
-            elif output.request_id in self.prefills:
-                self._finish_prefill(output, outputs.timestamp)
-            else:
+            elif not self._finish_prefill(output, outputs.timestamp):
                 unclaimed.append(output)
         self._is_busy = self.has_work
         for sink, batch in by_sink.items():
@@ -188,14 +186,19 @@ class Tracker:
     def has_work(self) -> bool:
         return bool(self.prefills or self.sequences)
 
-    def _finish_prefill(self, output: Any, timestamp_s: float) -> None:
-        prefill = self.prefills.pop(output.request_id)
+    def _finish_prefill(self, output: Any, timestamp_s: float) -> bool:
+        """False if nobody waits for it: its caller may have been cancelled in this very pass of the event loop."""
+        prefill = self.prefills.pop(output.request_id, None)
+        if prefill is None:
+            return False
         self.queued_tokens -= prefill.believed_tokens
         self.generated_tokens += len(output.new_token_ids)
         if (stats := output.prefill_stats) is not None:
             self.computed_prompt_tokens += stats.num_computed_tokens
-        if not prefill.done.done():
-            prefill.done.set_result((output, timestamp_s))
+        if prefill.done.done():
+            return False
+        prefill.done.set_result((output, timestamp_s))
+        return True
 
     def _advance(self, sequence: RunningSequence, output: Any, timestamp_s: float) -> SequenceOutput:
         _note_events(sequence, output)

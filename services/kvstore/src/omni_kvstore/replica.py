@@ -60,8 +60,12 @@ class Replica:
             FailedPrecondition: a later epoch of the worker is in force.
             ResourceExhausted: there are `max_workers` others.
         """
-        if len(self.view.directory) >= self._max_workers and self.view.directory.get(worker.worker_id) is None:
+        known = self.view.directory.get(worker.worker_id)
+        if known is None and len(self.view.directory) >= self._max_workers:
             raise ResourceExhausted(f"{self._max_workers} workers are registered", reason="max_workers")
+        if known and known.epoch == worker.epoch:
+            # Who beats is not silent, however long Redis takes to say so.
+            self._leases.renew(worker.worker_id, self._clock())
         renewal = await self._renew(worker)
         if not renewal.accepted:
             message = f"epoch {worker.epoch} of worker {worker.worker_id!r} ended; {renewal.epoch} is in force"

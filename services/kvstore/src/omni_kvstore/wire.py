@@ -13,6 +13,8 @@ from omni_kvstore.store import Standing
 
 MAX_EPOCH = 2**53 - 1
 MAX_NAME_BYTES = 256
+MAX_INFO_BYTES = 65_536
+"""Every change of it is in Redis some thousand times, and all members' together in one message to each watch."""
 _ACTIONS = {
     pb.BLOCK_ACTION_STORED: Action.STORED,
     pb.BLOCK_ACTION_REMOVED: Action.REMOVED,
@@ -33,6 +35,8 @@ def worker_from_wire(info: engine_pb2.WorkerInfo, draining: bool) -> Worker:
     if not 0 < info.epoch <= MAX_EPOCH:
         raise InvalidRequest(f"epoch must be 1 to {MAX_EPOCH}, not {info.epoch}", field="info.epoch")
     payload = info.SerializeToString(deterministic=True)
+    if len(payload) > MAX_INFO_BYTES:
+        raise InvalidRequest(f"info has {len(payload)} bytes; at most {MAX_INFO_BYTES}", field="info")
     return Worker(info.worker_id, info.epoch, info.model, info.block_size, payload, draining, _pool_medium(info))
 
 

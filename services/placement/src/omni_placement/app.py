@@ -5,7 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from omni_common import telemetry
 from omni_common.rpc import Server, Servicer, run_until_signal
 from omni_placement import __version__
 from omni_placement.book import LayoutBook
-from omni_placement.files import LayoutFiles
+from omni_placement.files import LayoutFiles, held
 from omni_placement.load import LoadBook
 from omni_placement.load.book import GroupName
 from omni_placement.load.profiles import ProfileFiles
@@ -29,6 +29,7 @@ from omni_placement.reports import Reports
 from omni_placement.rollout import Rollout
 from omni_placement.rpc import PlacementServicer, servicer
 from omni_placement.settings import Settings
+from omni_placement.unbroken import Unbroken
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,13 @@ class Placement:
         """End the watches and finish what is being published."""
         self.parts.layouts.close()
         self.parts.rollout.close()
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Wait for what is being published and saved."""
         await self.parts.recovery.settle()
         await self.parts.rollout.settle()
+        await self.parts.saving.settle()
 
 
 class Parts:
@@ -82,6 +88,7 @@ class Parts:
         )
         self.planner = Planner(self.layouts, self.rollout, self.reports, settings.plan_rules, clock)
         self.recovery = Recovery(self.layouts, self.rollout, self.planner, self.metrics)
+        self.saving = Unbroken()
         self.rebalancer = Rebalancer(
             self.layouts, self.rollout, self.reports, self.planner, self.metrics, settings.forecast.max_age_s
         )
@@ -94,9 +101,12 @@ class Parts:
     async def keep_load(self) -> None:
         """Save what is known of every group's load; what was saved of groups forgotten since is deleted."""
         if self.profiles is not None:
-            for profile in self.reports.profiles():
-                await asyncio.to_thread(self.profiles.save, profile)
-            await asyncio.to_thread(self.profiles.keep, self.layouts.names())
+            await self.saving.run(self._keep_load(self.profiles))
+
+    async def _keep_load(self, profiles: ProfileFiles) -> None:
+        for profile in self.reports.profiles():
+            await asyncio.to_thread(profiles.save, profile)
+        await asyncio.to_thread(profiles.keep, self.layouts.names())
 
     async def follow_layouts(self) -> None:
         """Show the layouts in force in the metrics, for ever."""
@@ -112,22 +122,25 @@ async def running(
 ) -> AsyncIterator[Placement]:
     """The service on its port, with what was saved earlier and the layouts of the configured models in force.
 
-    Raises as `Parts`.
+    Raises as `Parts`, and `FailedPrecondition` where another service runs on the same `state_dir`.
     """
-    parts = Parts(settings, registry, clock)
-    for model, topology in parts.configured.items():
-        await parts.planner.ensure(GroupName(model, ""), topology)
-    server = Server([parts.servicer()], settings.tls)
-    port = await server.start(f"{settings.host}:{settings.port}")
-    placement = Placement(server, parts, port)
-    tasks = [asyncio.create_task(work) for work in _background(parts, settings)]
-    try:
-        yield placement
-    finally:
-        await stop(tasks)
-        await placement.drain()
-        await server.stop(0.0)
-        await parts.keep_load()
+    with held(settings.state_dir) if settings.state_dir else nullcontext():
+        parts = Parts(settings, registry, clock)
+        for model, topology in parts.configured.items():
+            await parts.planner.ensure(GroupName(model, ""), topology)
+        server = Server([parts.servicer()], settings.tls)
+        port = await server.start(f"{settings.host}:{settings.port}")
+        placement = Placement(server, parts, port)
+        tasks = [asyncio.create_task(work) for work in _background(parts, settings)]
+        try:
+            yield placement
+        finally:
+            await stop(tasks)
+            await placement.drain()
+            await server.stop(0.0)
+            # Calls that came in while it drained.
+            await placement.settle()
+            await parts.keep_load()
 
 
 def _background(parts: Parts, settings: Settings) -> Iterator[Coroutine[Any, Any, None]]:

@@ -1,7 +1,10 @@
 """Layouts on disk: one JSON file per group, replaced whole."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,28 @@ from urllib.parse import quote
 
 import numpy as np
 
-from omni_common.errors import Internal, InvalidRequest
+from omni_common.errors import FailedPrecondition, Internal, InvalidRequest
 from omni_placement.book import Exclusions, History, Outcome, Published
 from omni_placement.layout import Layout, Topology
 from omni_placement.load.book import GroupName
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep other services out of `directory`: two that wrote there would give one version to two layouts. The system
+    lets go of it when the process ends, however it does.
+
+    Raises:
+        FailedPrecondition: another service runs on it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"state_dir {directory} is in use by another placement service"
+            raise FailedPrecondition(message, field="state_dir", reason="state_dir_taken") from None
+        yield
 
 
 class LayoutFiles:

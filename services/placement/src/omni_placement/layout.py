@@ -16,6 +16,8 @@ from omni_common.errors import InvalidRequest
 
 EMPTY = -1
 MAX_SLOTS = 16_777_216
+# Bytes of all slots together stay within 64 bits.
+MAX_EXPERT_BYTES = 2**36
 Slots = npt.NDArray[np.int32]
 Load = npt.NDArray[np.int64]
 AnyLoad = Load | npt.NDArray[np.float64]
@@ -54,6 +56,8 @@ class Topology:
         for name in ("ranks_per_host", "expert_bytes"):
             if getattr(self, name) < 0:
                 raise _infeasible(name, "must not be negative")
+        if self.expert_bytes > MAX_EXPERT_BYTES:
+            raise _infeasible("expert_bytes", f"must be at most {MAX_EXPERT_BYTES}")
         if (slots := self.num_layers * self.num_ranks * self.slots_per_rank) > MAX_SLOTS:
             raise _infeasible("", f"has {slots} slots in all; at most {MAX_SLOTS}")
         if self.num_experts % self.num_groups:

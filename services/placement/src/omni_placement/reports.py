@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni_common.errors import InvalidRequest
-from omni_placement.book import LayoutBook
+from omni_placement.book import LayoutBook, Published
 from omni_placement.load import Forecast, LoadBook, Window
 from omni_placement.load.book import GroupName, StreamLoad
 from omni_placement.load.drift import Drift
@@ -54,7 +54,10 @@ class Reports:
             _check(window, *known.layout.indicator.shape)
         is_new = self._loads.add(*name, window, self._clock())
         if is_new and window.rank_tokens is not None and window.rank_tokens.any():
-            self._measured[name] = float(window.rank_tokens.max(axis=1).sum() / window.rank_tokens.mean(axis=1).sum())
+            usable = range(window.rank_tokens.shape[1]) if known is None else self._usable(known)
+            # Ranks that can hold nothing count while they still compute.
+            tokens = window.rank_tokens[:, sorted({*usable, *np.flatnonzero(window.rank_tokens.any(axis=0))})]
+            self._measured[name] = float(tokens.max(axis=1).sum() / tokens.mean(axis=1).sum())
         return is_new
 
     def forecast(self, name: GroupName) -> Forecast | None:
@@ -89,8 +92,7 @@ class Reports:
         known, total = self._layouts.find(name), self._loads.total(*name)
         if known is None or total is None or not total.any() or total.shape != known.layout.replicas.shape:
             return None
-        usable = set(np.flatnonzero(known.layout.topology.capacity)) - self._layouts.exclusions(name).ranks
-        return known.layout.step_load(total) * len(usable) / float(total.sum())
+        return known.layout.step_load(total) * len(self._usable(known)) / float(total.sum())
 
     def balancedness(self, name: GroupName) -> float | None:
         """Least of a layer, of the layout in force under the load reported."""
@@ -98,6 +100,10 @@ class Reports:
         if known is None or total is None or total.shape != known.layout.replicas.shape:
             return None
         return float(known.layout.balancedness(total, self._layouts.exclusions(name).ranks).min())
+
+    def _usable(self, known: Published) -> set[int]:
+        """Ranks that may hold experts."""
+        return set(np.flatnonzero(known.layout.topology.capacity)) - self._layouts.exclusions(known.name).ranks
 
     def summary(self, name: GroupName) -> LoadSummary:
         return LoadSummary(

@@ -10,7 +10,7 @@ Only what a worker says it holds is believed, so that a restart of either side n
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -188,17 +188,16 @@ class Rollout:
         if progress is not None:
             session.deadline_s = self._clock() + self._round_timeout_s
             if ack.outcome is Outcome.APPLIED:
-                await self._layouts.mark(ack.name, ack.layout_version, Outcome.APPLIED, session.held)
+                # A save that is left while it runs would meet the next one.
+                await self._work.run(self._layouts.mark(ack.name, ack.layout_version, Outcome.APPLIED, session.held))
         return progress
 
-    def overdue(self) -> list[Failure]:
-        """Orders of which nothing was heard for longer than a round may take."""
-        now_s = self._clock()
-        return [
-            Failure(s.name, s.order.published.version, s.held, frozenset(), "no word of a round in time")
-            for s in self._sessions.values()
-            if s.order is not None and s.deadline_s < now_s
-        ]
+    def overdue(self) -> Iterator[Failure]:
+        """Orders of which nothing was heard for longer than a round may take, each looked at when it is its turn:
+        what is done about those before takes a while, in which others may be carried out."""
+        for s in list(self._sessions.values()):
+            if s.order is not None and s.deadline_s < self._clock():
+                yield Failure(s.name, s.order.published.version, s.held, frozenset(), "no word of a round in time")
 
     def end(self, session: Session) -> None:
         """End a worker's stream, so that it attaches anew with what it holds."""

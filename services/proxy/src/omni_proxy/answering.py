@@ -28,12 +28,13 @@ _SSE_HEADERS = {
 }
 _CLIENT_GONE_STATUS = 499
 
-RowsToJson = Callable[[Sequence[LogprobRow], int], dict[str, Any]]
+RowsToJson = Callable[[Sequence[LogprobRow]], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How one API writes its answers. `echoes` are the prompts to repeat, by choice; `rows_to_json` takes an offset.
+    """How one API writes its answers. `echoes` are the prompts to repeat, by choice; `make_rows` makes what takes the
+    log-probabilities of one choice, in order.
 
     `reading` is set where outputs hold more than content.
     """
@@ -41,7 +42,7 @@ class Form:
     make_events: Callable[[Envelope, int], Events]
     object_name: str
     whole: Callable[[Envelope, Sequence[WholeChoice], Usage], bytes]
-    rows_to_json: RowsToJson | None = None
+    make_rows: Callable[[], RowsToJson] | None = None
     reading: Reading | None = None
     echoes: Sequence[str] = ()
 
@@ -142,8 +143,11 @@ class StreamWriter:
         self._envelope = envelope
         self._form = form
         self._continuous = continuous
-        self._states = [_StreamState(form.make_events(envelope, c.index)) for c in generation.choices]
-        if not (form.reading or form.rows_to_json or form.echoes or continuous):
+        self._states = [
+            _StreamState(form.make_events(envelope, c.index), None if form.make_rows is None else form.make_rows())
+            for c in generation.choices
+        ]
+        if not (form.reading or form.make_rows or form.echoes or continuous):
             for choice, state in zip(generation.choices, self._states, strict=True):
                 choice.outlet = _StreamOutlet(send, state)
 
@@ -173,12 +177,7 @@ class StreamWriter:
             if self._form.echoes:
                 parts.append(state.events.text(self._form.echoes[choice.index], None, None))
         found = self._read(state, piece)
-        rows = (
-            self._form.rows_to_json(piece.logprobs, state.length)
-            if self._form.rows_to_json and piece.logprobs
-            else None
-        )
-        state.length += len(found.content)
+        rows = state.rows_to_json(piece.logprobs) if state.rows_to_json and piece.logprobs else None
         if found.reasoning:
             parts.append(state.events.reasoning(found.reasoning, usage))
         if found.content or rows:
@@ -236,7 +235,7 @@ class WholeWriter:
             text=text,
             finish_reason=_finish(last.finish_reason, has_calls=bool(found.calls)),
             stop=last.stop,
-            logprobs=self._form.rows_to_json(rows, 0) if self._form.rows_to_json else None,
+            logprobs=self._form.make_rows()(rows) if self._form.make_rows else None,
             tool_calls=found.calls,
             reasoning=found.reasoning or None,
         )
@@ -276,8 +275,8 @@ class _StreamOutlet:
 @dataclass(slots=True)
 class _StreamState:
     events: Events
+    rows_to_json: RowsToJson | None
     opened: bool = False
-    length: int = 0
     num_calls: int = 0
     parser: OutputParser | None = None
 

@@ -37,7 +37,7 @@ from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.replica import Replica
 from omni_proxy.room import FleetRoom
 from omni_proxy.roster import Roster
-from omni_proxy.saturation import Saturation, SaturationCollector
+from omni_proxy.saturation import Saturation, SaturationMetrics
 from omni_proxy.schedule_config import ScheduleConfig
 from omni_proxy.scheduling.forecast import LoadCost
 from omni_proxy.scheduling.times import WorkerTimes
@@ -98,9 +98,9 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
         steering = _steering(settings.scheduler_config, base, live, fleet, registry)
         api = _api(settings, text, fleet, metrics, admission, tracer, steering)
         saturation = Saturation(fleet, lambda: live.value.slo.slo, lambda: steering.gate.waiting_ms)
-        registry.register(SaturationCollector(saturation))
         explanations = api.scheduler.explanations
         pages = StatusPages(fleet, admission, metrics, kvstore, settings.model, explanations, saturation, statics)
+        metrics.readings.use(pages.observe, SaturationMetrics(saturation, registry).observe)
         kv = KvPages(fleet, api.scheduler.keys, text, api.served, api.limits)
         config = ConfigPage(live, settings.scheduler_config)
         watched = [source for source in (kvstore, steering.watcher, *statics) if source is not None]
@@ -162,12 +162,13 @@ def _steering(
     metrics.show(config)
 
     def apply(new: ScheduleConfig) -> None:
+        # First what may fail, by a plug-in: what tenants have used is not to be lost in a change that does not hold.
         policy.reconfigure(new)
+        gate.reconfigure(new.flow)
+        room.lookahead_ms = new.flow.lookahead_ms
         tenants.reconfigure(new.tenants, new.slo.slo)
         fleet.health.settings = new.health
         hedging.settings = new.hedging
-        room.lookahead_ms = new.flow.lookahead_ms
-        gate.reconfigure(new.flow)
 
     live.subscribe(apply)
     watcher = None if path is None else ConfigWatcher(path, base, live, metrics)

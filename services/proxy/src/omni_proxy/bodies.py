@@ -1,14 +1,21 @@
-"""Request bodies: read within bounds of size and time."""
+"""Request bodies: read within bounds of size and time, and taken apart."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import Request
 
 from omni_common.errors import InvalidRequest
+from omni_proxy.fields import Fields
+from omni_proxy.openai_requests import parse_json
+
+T = TypeVar("T")
 
 _DISCARD_FACTOR = 8
 _MAX_LIMIT = 1000
+_INLINE_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,14 @@ def query_limit(request: Request, default: int) -> int:
     if not given.isascii() or not given.isdigit() or not 1 <= int(given[:9]) <= _MAX_LIMIT:
         raise InvalidRequest(f"limit: must be between 1 and {_MAX_LIMIT}", field="limit", reason="invalid_value")
     return int(given)
+
+
+async def parsed(request: Request, limits: HttpLimits, parse: Callable[[Fields], T]) -> T:
+    """The body as `parse` has it; a long one is taken apart in a thread, so that streams keep flowing."""
+    body = await read_body(request, limits)
+    if len(body) <= _INLINE_BYTES:
+        return parse(parse_json(body))
+    return await asyncio.to_thread(lambda: parse(parse_json(body)))
 
 
 async def read_body(request: Request, limits: HttpLimits) -> bytes:

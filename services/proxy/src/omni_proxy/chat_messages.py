@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from omni_proxy.fields import Fields, as_fields
 
 _ROLES = {
@@ -18,7 +16,7 @@ _ROLES = {
 
 
 def chat_messages(fields: Fields) -> Sequence[Mapping[str, Any]]:
-    """Messages with text parts joined by newlines and tool call arguments parsed."""
+    """Messages with text parts joined by newlines; arguments of calls are text, see `CallShape`."""
     messages = fields.items("messages")
     if not messages:
         raise fields.refuse("messages", "must hold at least one message", "missing_parameter")
@@ -46,10 +44,10 @@ def _message(fields: Fields, message: Mapping[str, Any]) -> Mapping[str, Any]:
         _tool_call(as_fields(c, fields.path(f"tool_calls[{j}]")), c) for j, c in enumerate(fields.items("tool_calls"))
     ]
     content = _content(fields)
-    if content is None and not (role == "assistant" and calls):
+    reasoning = fields.text("reasoning") or fields.text("reasoning_content")
+    if content is None and not (role == "assistant" and (calls or reasoning)):
         raise fields.refuse("content", "is required", "missing_parameter")
     result = {**message, "role": _ROLES[role], "content": content or ""}
-    reasoning = fields.text("reasoning") or fields.text("reasoning_content")
     if reasoning is not None:
         # Templates read one name or the other.
         result |= {"reasoning": reasoning, "reasoning_content": reasoning}
@@ -80,8 +78,4 @@ def _tool_call(fields: Fields, call: Mapping[str, Any]) -> Mapping[str, Any]:
     function = fields.nested("function")
     if function is None or not function.text("name"):
         raise fields.refuse("function.name", "is required", "missing_parameter")
-    try:
-        arguments = orjson.loads(function.text("arguments") or "{}")
-    except orjson.JSONDecodeError:
-        raise function.refuse("arguments", "must be a JSON object in a string") from None
-    return {**call, "function": {"name": function.text("name"), "arguments": arguments}}
+    return {**call, "function": {"name": function.text("name"), "arguments": function.text("arguments") or "{}"}}

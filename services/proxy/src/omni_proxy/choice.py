@@ -20,16 +20,17 @@ class TextRules:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class Piece:
-    """Text that arrived together; the last piece has a finish reason."""
+    """Text that arrived together; the last piece has a finish reason, and `stop` if something asked for ended it."""
 
     text: str
     logprobs: Sequence[LogprobRow] = ()
     finish_reason: FinishReason | None = None
-    stop: str | None = None
+    stop: str | int | None = None
 
 
 class Outlet(Protocol):
@@ -111,7 +112,9 @@ class Choice:
             if matcher.matched is not None:
                 return Piece(text + rest, batch.logprobs, FinishReason.STOP, matcher.matched)
             rest += matcher.flush()
-        return Piece(text + rest, batch.logprobs, batch.finish_reason)
+        last = batch.token_ids[-1] if batch.token_ids and batch.finish_reason is FinishReason.STOP else None
+        stop = last if last in self._rules.stop_token_ids else None
+        return Piece(text + rest, batch.logprobs, batch.finish_reason, stop)
 
     def _text(self, token_ids: Sequence[int], num_shown: int) -> str:
         """Text of the first `num_shown` tokens that no stop string can take back; counts all tokens.

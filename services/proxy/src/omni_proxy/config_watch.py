@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 
 class Live(Generic[T]):
-    """A value that is replaced whole. Subscribers hear of a new one in the order they came, before it is in force."""
+    """A value that is replaced whole. Subscribers hear of a new one in the order they came, before it is in force.
+
+    If one of them refuses it, those that heard of it hear of the former one again.
+    """
 
     def __init__(self, value: T) -> None:
         self.value = value
@@ -31,8 +34,15 @@ class Live(Generic[T]):
         self._subscribers.append(on_change)
 
     def set(self, value: T) -> None:
-        for on_change in self._subscribers:
-            on_change(value)
+        told: list[Callable[[T], None]] = []
+        try:
+            for on_change in self._subscribers:
+                told.append(on_change)
+                on_change(value)
+        except BaseException:
+            for on_change in told:
+                on_change(self.value)
+            raise
         self.value = value
 
 
@@ -60,6 +70,7 @@ class ConfigWatcher:
         self._metrics = metrics
         self._content: bytes | None = None
         self._seen: tuple[int, int] | None = None
+        self._latest: bytes | None = None
 
     async def run(self, sleep: Callable[[float], Awaitable[object]] = asyncio.sleep) -> None:
         """Until cancelled."""
@@ -68,7 +79,10 @@ class ConfigWatcher:
             await self.check()
 
     async def check(self) -> None:
-        """Look at the file once. Its bytes count, not its time alone."""
+        """Look at the file once. Its bytes count, not its time, and only when a second look finds them as they were.
+
+        Else one that is still being written would do for a while without tenants and keys that it is to have.
+        """
         try:
             content = await asyncio.to_thread(self._changed)
         except OSError as error:
@@ -77,7 +91,7 @@ class ConfigWatcher:
         if content is None:
             return
         try:
-            config = await asyncio.to_thread(ScheduleConfig.parse, content, self._base)
+            config = self._with_its_predictor(await asyncio.to_thread(ScheduleConfig.parse, content, self._base))
             if config == self._live.value:
                 return
             self._live.set(config)
@@ -94,18 +108,27 @@ class ConfigWatcher:
         self._metrics.show(config)
         log.info("the scheduler's configuration has changed", extra={"digest": config.digest})
 
+    def _with_its_predictor(self, config: ScheduleConfig) -> ScheduleConfig:
+        """The one of the start stays in force, and is shown."""
+        running = self._live.value.predictor
+        if config.predictor == running:
+            return config
+        log.warning("another predictor takes a restart of the proxy", extra={"running": running.name})
+        return config.model_copy(update={"predictor": running})
+
     def _changed(self) -> bytes | None:
-        """The file's bytes if they are not those of the last time."""
+        """The file's bytes if they are not those of the last time, and were the same at the last look."""
         status = self._path.stat()
         seen = (status.st_mtime_ns, status.st_size)
-        if seen == self._seen:
+        if seen != self._seen:
+            before, self._latest = self._latest, self._path.read_bytes()
+            self._seen = seen
+            if self._latest != before:
+                return None
+        if self._latest == self._content:
             return None
-        content = self._path.read_bytes()
-        self._seen = seen
-        if content == self._content:
-            return None
-        self._content = content
-        return content
+        self._content = self._latest
+        return self._content
 
 
 class ConfigPage:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from omni_common.errors import Code, DeadlineExceeded
 from omni_proxy.continuation import FirstToken
 from omni_proxy.explain import span_attributes
+from omni_proxy.feed import Feed
 from omni_proxy.fleet import Worker
 from omni_proxy.foresight import Foresight
 from omni_proxy.ports import KvHandle, PrefillPort
@@ -24,14 +25,21 @@ FINAL = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNAUTHENTICATED, 
 class Lease:
     """Blocks that wait on a prefill worker, until decode has pulled them or they are given up.
 
-    `is_told`: a decode worker was told of them and may be reading, even if nothing is heard of it. It ends the lease
-    itself. Blocks freed under its hands would be another request's by the time it reads them.
+    `reader` is the sequence on the decode worker that was to pull them.
     """
 
     handle: KvHandle
     worker: Worker
     port: PrefillPort
-    is_told: bool = False
+    reader: Feed | None = None
+
+    @property
+    def is_told(self) -> bool:
+        """A decode worker knows of them and may be reading, even if nothing is heard of it. It ends the lease itself.
+
+        Blocks freed under its hands would be another request's by the time it reads them.
+        """
+        return self.reader is not None and not self.reader.is_unsent
 
 
 class Course:

@@ -122,9 +122,7 @@ class Decoding:
         `fruitless`: legs in a row, this one included, that brought no token.
         """
         error, course = _error_of(end), self._course
-        if end.rejected and course.lease is not None:
-            course.lease.is_told = False
-        else:
+        if not self._keeps_lease(end):
             course.give_up_lease()
         if error.code in FINAL:
             raise error
@@ -210,11 +208,20 @@ class Decoding:
             attempt.failed(error)
             raise
         if handle is not None and course.lease is not None:
-            course.lease.is_told = True
+            course.lease.reader = feed
         stack.callback(decode.abort, feed)
         self._mark = None if handle else stack.enter_context(foresight.mark(worker))
         course.record.decode_worker = worker.id
         return feed
+
+    def _keeps_lease(self, end: End) -> bool:
+        """The blocks of a broken leg are for another worker: this one refused them, or never heard of them."""
+        lease = self._course.lease
+        if lease is None:
+            return False
+        if end.rejected:
+            lease.reader = None
+        return not lease.is_told and _error_of(end).reason != _HOLDER_QUIET
 
     def _pulled(self, worker: Worker) -> KvHandle | None:
         """Of the blocks that wait for the worker, if it can pull them and they still are all it needs."""
@@ -257,7 +264,7 @@ class Decoding:
         if course.lease is not None and start.fell_back:
             record.fell_back = True
             course.scheduler.metrics.health.fallbacks.inc()
-            course.lease.is_told = False
+            course.lease.reader = None
         course.give_up_lease()
         record.queue_ms += start.timings.queue_ms
         record.transfer_ms += start.timings.transfer_ms

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from omni_common.errors import OmniError
 from omni_proxy.scheduling.decision import Decision, Reason
 
 MAX_SEQUENCES = 1024
@@ -46,10 +47,13 @@ class Explained:
     arrived: datetime = field(default_factory=lambda: datetime.now(UTC))
     status: int | None = None
     error: str | None = None
+    reason: str | None = None
     seen: Mapping[str, Any] = field(default_factory=dict)
 
-    def ended(self, status: int, error: str | None, seen: Mapping[str, Any]) -> None:
-        self.status, self.error, self.seen = status, error, seen
+    def ended(self, status: int, error: OmniError | None, seen: Mapping[str, Any]) -> None:
+        self.status, self.seen = status, seen
+        if error is not None:
+            self.error, self.reason = error.code, error.reason or None
 
     def to_json(self, limit: int | None = None) -> dict[str, Any]:
         """Every decision with at most `limit` candidates of each leg."""
@@ -82,6 +86,7 @@ class Explained:
             "priority": self.priority,
             "status": self.status,
             "error": self.error,
+            "reason": self.reason,
         }
 
 

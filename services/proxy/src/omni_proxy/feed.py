@@ -35,10 +35,10 @@ class Feed:
     """Filled by one session, drained by one writer. `tokens` is bounded by the sequence's max_tokens.
 
     `show` is asked only while the writer waits, which keeps tokens in order, and only about tokens that come with
-    neither a start nor log-probabilities nor an end.
+    neither a start nor log-probabilities nor an end. While `is_unsent` the worker cannot know of the sequence.
     """
 
-    __slots__ = ("_waiter", "end", "logprobs", "show", "start", "stream_id", "tokens")
+    __slots__ = ("_waiter", "end", "is_unsent", "logprobs", "show", "start", "stream_id", "tokens")
 
     def __init__(self, stream_id: int) -> None:
         self.stream_id = stream_id
@@ -46,6 +46,7 @@ class Feed:
         self.logprobs: list[LogprobRow] = []
         self.start: SequenceStart | None = None
         self.end: End | None = None
+        self.is_unsent = False
         self.show: Show | None = None
         self._waiter: asyncio.Future[None] | None = None
 

@@ -390,6 +390,8 @@ class Fleet:
             )
             if seen is not None and self._saw_step is not None:
                 self._saw_step(seen)
+        elif not (steps or load.running or load.waiting):
+            self.times.saw_idle(slot)
 
 
 def _capacity(worker: Worker) -> Capacity:

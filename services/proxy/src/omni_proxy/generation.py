@@ -96,7 +96,9 @@ class Generation:
             raise _first(group) from None
 
     def usage(self) -> Usage:
-        prompt = sum(len(tokens) for tokens in self._prompts)
+        """Of what workers were given: a prompt that was refused before has used nothing."""
+        sent = {choice.index // self._n for choice in self.choices if choice.run.record.decisions}
+        prompt = sum(len(self._prompts[index]) for index in sent)
         cached = sum(choice.run.record.cached_tokens for choice in self.choices[:: self._n])
         return Usage(prompt, sum(choice.output_tokens for choice in self.choices), cached)
 
@@ -111,7 +113,7 @@ class Generation:
         self._write_metrics(status, usage, now)
         self._explained.ended(
             status,
-            None if error is None else error.code,
+            error,
             {
                 "first_token_ms": None if self.clock.first_piece is None else round(ttft * 1e3, 3),
                 "e2e_ms": round((now - self.clock.arrived) * 1e3, 3),

@@ -6,22 +6,23 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from opentelemetry.trace import Tracer
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from omni_common.errors import InvalidRequest, NotFound, OmniError
+from omni_common.errors import Cancelled, InvalidRequest, NotFound, OmniError
 from omni_proxy import __version__
 from omni_proxy.admission import Admission
 from omni_proxy.answering import Form, GenerationResponse, StreamWriter, WholeWriter, Writer, unexpected
-from omni_proxy.bodies import HttpLimits, read_body
+from omni_proxy.bodies import HttpLimits, parsed
 from omni_proxy.config_watch import ConfigPage
 from omni_proxy.eager_send import EagerSend
 from omni_proxy.explain import EXPLAIN_HEADER
-from omni_proxy.fields import Fields
 from omni_proxy.generation import Generation, token_limits
 from omni_proxy.give_way import give_way
 from omni_proxy.kv_pages import KvPages
@@ -34,8 +35,8 @@ from omni_proxy.openai_answers import (
     completion_answer,
 )
 from omni_proxy.openai_errors import error_body, error_headers, status_of
-from omni_proxy.openai_logprobs import chat_logprobs, completion_logprobs
-from omni_proxy.openai_requests import Options, Served, parse_chat, parse_completion, parse_json
+from omni_proxy.openai_logprobs import CompletionRows, chat_logprobs
+from omni_proxy.openai_requests import Options, Served, parse_chat, parse_completion
 from omni_proxy.output_parser import Reading
 from omni_proxy.prompt_requests import parse_detokenize, parse_tokenize
 from omni_proxy.scheduling.request import Caller
@@ -63,27 +64,29 @@ class Api:
     tenants: Tenants
 
     async def chat(self, request: Request) -> ASGIApp:
-        chat = parse_chat(await self._fields(request), self.served)
-        rows = None
+        chat = await parsed(request, self.limits, partial(parse_chat, served=self.served))
+        make_rows = None
         if chat.options.sampling.logprobs is not None:
-            rows = lambda found, _: chat_logprobs(found, self.text.token_text)  # noqa: E731
+            make_rows = lambda: partial(chat_logprobs, token_text=self.text.token_text)  # noqa: E731
         reading = Reading(self.text.format, chat.reads_calls, chat.shows_reasoning, chat.max_calls)
-        form = Form(ChatEvents, ChatEvents.object_name, chat_answer, rows, reading if reading.is_needed else None)
+        form = Form(ChatEvents, ChatEvents.object_name, chat_answer, make_rows, reading if reading.is_needed else None)
 
         async def prompts() -> list[Sequence[int]]:
-            rendered = self.text.render(chat.messages, tools=chat.tools or None, **chat.template)
+            rendered = await self.text.rendered(chat.messages, tools=chat.tools or None, **chat.template)
             reading.saw_prompt(rendered)
-            return [await self.text.encode(rendered, add_special_tokens=False)]
+            return [await self.text.encode(rendered, add_special_tokens=chat.add_special_tokens)]
 
         return await self._generate(request, "chatcmpl", chat.options, 1, prompts, form, "messages")
 
     async def completions(self, request: Request) -> ASGIApp:
-        asked = parse_completion(await self._fields(request), self.served)
-        rows = None
+        asked = await parsed(request, self.limits, partial(parse_completion, served=self.served))
+        make_rows = None
         if asked.options.sampling.logprobs is not None:
-            rows = lambda found, offset: completion_logprobs(found, self.text.token_text, offset)  # noqa: E731
-        echoes = [self._as_text(p) for p in asked.prompts for _ in range(asked.options.n)] if asked.echo else ()
-        form = Form(CompletionEvents, CompletionEvents.object_name, completion_answer, rows, echoes=echoes)
+            shown = partial(self.text.detokenizer, skip_special_tokens=asked.options.skip_special_tokens)
+            make_rows = lambda: CompletionRows(self.text.token_text, shown())  # noqa: E731
+        texts = [self._as_text(p) for p in asked.prompts] if asked.echo else ()
+        echoes = [text for text in texts for _ in range(asked.options.n)]
+        form = Form(CompletionEvents, CompletionEvents.object_name, completion_answer, make_rows, echoes=echoes)
 
         async def prompts() -> list[Sequence[int]]:
             special = asked.add_special_tokens
@@ -95,16 +98,16 @@ class Api:
         return await self._generate(request, "cmpl", asked.options, len(asked.prompts), prompts, form, "prompt")
 
     async def tokenize(self, request: Request) -> Response:
-        asked = parse_tokenize(await self._fields(request), self.served)
+        asked = await parsed(request, self.limits, partial(parse_tokenize, served=self.served))
         text = asked.prompt
         if text is None:
-            text = self.text.render(asked.messages, tools=asked.tools or None, **asked.template)
+            text = await self.text.rendered(asked.messages, tools=asked.tools or None, **asked.template)
         tokens = await self.text.encode(text, add_special_tokens=asked.add_special_tokens)
         return _json({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
-        tokens = parse_detokenize(await self._fields(request), self.served)
-        return _json({"prompt": self.text.decode(tokens, skip_special_tokens=False)})
+        tokens = await parsed(request, self.limits, partial(parse_detokenize, served=self.served))
+        return _json({"prompt": await self.text.decoded(tokens)})
 
     async def models(self, request: Request) -> Response:
         names = (self.served.model, *self.served.aliases)
@@ -173,9 +176,6 @@ class Api:
         output = sum(self.scheduler.lengths.expect(limit) for limit in limits)
         return sum(map(len, prompts)) + n * output
 
-    async def _fields(self, request: Request) -> Fields:
-        return parse_json(await read_body(request, self.limits))
-
     def _as_text(self, prompt: str | Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else self.text.decode(prompt)
 
@@ -220,9 +220,13 @@ class Front(FastAPI):
             return
         request = Request(scope, receive)
         try:
+            if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+                raise InvalidRequest(f"content-encoding {encoding!r} is not read", reason="unsupported_encoding")
             answer = await post(request)
         except OmniError as error:
             answer = self._refusal(request, error)
+        except ClientDisconnect:
+            answer = self._refusal(request, Cancelled("the client left before its body's end", reason="client_gone"))
         except Exception as error:
             log.exception("request failed")
             answer = self._refusal(request, unexpected(error))
@@ -273,7 +277,9 @@ def create_app(api: Api, pages: StatusPages, kv: KvPages, config: ConfigPage) ->
         assert isinstance(error, HTTPException)
         if error.status_code == 405:
             wrong = InvalidRequest(f"{request.method} is not allowed here", reason="method_not_allowed")
-            return refusal(request, wrong)
+            answer = refusal(request, wrong)
+            answer.headers.update(error.headers or {})
+            return answer
         return refusal(request, NotFound("no such path", reason="path_not_found"))
 
     async def on_unexpected(request: Request, error: Exception) -> Response:

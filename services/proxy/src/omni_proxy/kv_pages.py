@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import orjson
 from fastapi import Request, Response
 
 from omni_common.errors import InvalidRequest
-from omni_proxy.bodies import HttpLimits, query_limit, read_body
+from omni_proxy.bodies import HttpLimits, parsed, query_limit
 from omni_proxy.fleet import Fleet
-from omni_proxy.openai_requests import Served, parse_json
+from omni_proxy.openai_requests import Served
 from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.prompt_requests import PrefixRequest, parse_prefix
 from omni_proxy.text import ModelText
@@ -57,7 +58,7 @@ class KvPages:
 
     async def prefix(self, request: Request) -> Response:
         """How many leading blocks of a prompt each member has, tier by tier; each tier counts those before it."""
-        asked = parse_prefix(parse_json(await read_body(request, self.limits)), self.served)
+        asked = await parsed(request, self.limits, partial(parse_prefix, served=self.served))
         tokens = await self._tokens(asked)
         size = asked.block_size or self._block_size()
         keys, replica = self.keys.of(tokens, size, asked.cache_salt), self.fleet.replica
@@ -76,7 +77,7 @@ class KvPages:
     async def _tokens(self, asked: PrefixRequest) -> Sequence[int]:
         prompt = asked.prompt
         if prompt is None:
-            prompt = self.text.render(asked.messages, tools=asked.tools or None, **asked.template)
+            prompt = await self.text.rendered(asked.messages, tools=asked.tools or None, **asked.template)
         if not isinstance(prompt, str):
             return prompt
         return await self.text.encode(prompt, add_special_tokens=asked.add_special_tokens)

@@ -57,6 +57,12 @@ class SequenceRun:
             async with aclosing(self._decoded(show)) as batches:
                 async for batch in batches:
                     yield batch
+        except Unavailable as error:
+            gate = course.scheduler.gate
+            # A leg that broke does not say when to come again.
+            if gate is not None and turn is not None and not course.sent and error.retry_after_s is not None:
+                gate.refused(error)
+            raise
         finally:
             course.record.ended((course.now() - course.job.arrived) * 1e3, len(course.sent))
             course.give_up_lease()

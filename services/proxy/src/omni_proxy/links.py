@@ -63,9 +63,13 @@ class PrefillClient:
             metadata = tuple(headers.items())
             answer = await self._stub.Prefill(prefill_to_wire(order), timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self.release(order.request_id)
             raise from_rpc_error(error) from None
         except asyncio.CancelledError:
             if is_own_cancel():
+                # The answer may have left already: the lease is ended by the request's name, its own is not known.
+                self.release(order.request_id)
                 raise
             # grpc reports a channel that was closed under the call as a cancellation of the caller.
             raise Unavailable("the connection to the prefill worker was closed", reason="closed") from None

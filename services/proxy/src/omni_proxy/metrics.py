@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from omni_proxy.health import Cause
 from omni_proxy.phases import PhaseMetrics, TenantMetrics
+from omni_proxy.readings import Readings
 from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.times import Seen
 
@@ -32,6 +33,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self.readings = Readings(registry)
         self.requests = Labelled(Counter("omni_proxy_requests", "Requests by HTTP status", ["code"], registry=registry))
         self.running = Gauge("omni_proxy_running_sequences", "Sequences in flight", registry=registry)
         self.ttft = Histogram("omni_proxy_ttft_seconds", "To the first token", buckets=_LATENCY, registry=registry)

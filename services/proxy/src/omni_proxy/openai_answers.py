@@ -54,7 +54,7 @@ class WholeChoice:
     index: int
     text: str
     finish_reason: str
-    stop: str | None = None
+    stop: str | int | None = None
     logprobs: dict[str, Any] | None = None
     tool_calls: Sequence[ToolCall] = ()
     reasoning: str | None = None
@@ -71,7 +71,7 @@ class Events(Protocol):
 
     def calls(self, calls: Sequence[ToolCall], first_index: int) -> bytes: ...
 
-    def closing(self, finish_reason: str, stop: str | None, usage: Usage | None) -> bytes: ...
+    def closing(self, finish_reason: str, stop: str | int | None, usage: Usage | None) -> bytes: ...
 
 
 class ChatEvents:
@@ -97,7 +97,7 @@ class ChatEvents:
         entries = [{"index": first_index + i, **_call_body(call)} for i, call in enumerate(calls)]
         return self._event({"tool_calls": entries}, None, None, None)
 
-    def closing(self, finish_reason: str, stop: str | None, usage: Usage | None) -> bytes:
+    def closing(self, finish_reason: str, stop: str | int | None, usage: Usage | None) -> bytes:
         return self._event({}, finish_reason, None, usage, stop)
 
     def _event(
@@ -106,7 +106,7 @@ class ChatEvents:
         finish_reason: str | None,
         logprobs: dict[str, Any] | None,
         usage: Usage | None,
-        stop: str | None = None,
+        stop: str | int | None = None,
     ) -> bytes:
         choice = {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         if finish_reason is not None:
@@ -136,7 +136,7 @@ class CompletionEvents:
     def calls(self, calls: Sequence[ToolCall], first_index: int) -> bytes:
         return b""
 
-    def closing(self, finish_reason: str, stop: str | None, usage: Usage | None) -> bytes:
+    def closing(self, finish_reason: str, stop: str | int | None, usage: Usage | None) -> bytes:
         return self._event("", finish_reason, None, usage, stop)
 
     def _event(
@@ -145,7 +145,7 @@ class CompletionEvents:
         finish_reason: str | None,
         logprobs: dict[str, Any] | None,
         usage: Usage | None,
-        stop: str | None = None,
+        stop: str | int | None = None,
     ) -> bytes:
         choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         if finish_reason is not None:

@@ -21,6 +21,7 @@ _STATUS = {
 _BY_REASON = {
     "body_too_large": 413,
     "body_timeout": 408,
+    "unsupported_encoding": 415,
     "method_not_allowed": 405,
     "rejected": 502,
     "engine_error": 502,

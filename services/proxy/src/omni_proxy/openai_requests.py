@@ -10,6 +10,7 @@ from omni_common.errors import InvalidRequest, NotFound
 from omni_proxy.chat_messages import chat_messages, tool_definitions
 from omni_proxy.choice import TextRules
 from omni_proxy.fields import Fields, as_fields, kind
+from omni_proxy.openai_unsupported import CHAT_NAMES, refuse_names, refuse_unsupported
 from omni_proxy.sampling import Sampling
 
 _INT64 = 2**63
@@ -18,10 +19,8 @@ _MAX_N = 16
 _MAX_LOGPROBS = 20
 _COMPLETION_TOKENS = 16
 _MAX_SALT = 256
-_UNSUPPORTED = (
-    "functions", "function_call", "audio", "web_search_options", "guided_json", "guided_regex", "guided_choice",
-    "guided_grammar", "structured_outputs", "prompt_logprobs", "use_beam_search",
-)  # fmt: skip
+_INT32_MAX = 2**31 - 1
+_ID_DIGITS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,7 @@ class ChatRequest:
     max_calls: int | None
     shows_reasoning: bool
     template: Mapping[str, Any]
+    add_special_tokens: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ def parse_chat(fields: Fields, served: Served) -> ChatRequest:
     max_tokens = fields.integer("max_completion_tokens", 1)
     if (older := fields.integer("max_tokens", 1)) is not None and max_tokens is None:
         max_tokens = older
+    refuse_names(fields, CHAT_NAMES)
     tools = tool_definitions(fields)
     choice = fields.raw("tool_choice")
     if choice not in (None, "none", "auto"):
@@ -103,6 +104,7 @@ def parse_chat(fields: Fields, served: Served) -> ChatRequest:
         max_calls=None if fields.boolean("parallel_tool_calls", True) else 1,
         shows_reasoning=fields.boolean("include_reasoning", True),
         template=template_variables(fields),
+        add_special_tokens=fields.boolean("add_special_tokens"),
     )
 
 
@@ -141,7 +143,7 @@ def _options(fields: Fields, served: Served, num_prompts: int, max_tokens: int |
     if usage is not None and not stream:
         raise fields.refuse("stream_options", "is only allowed when stream is true")
     fields.text("user")
-    _refuse_unsupported(fields)
+    refuse_unsupported(fields)
     sampling = _sampling(fields, served, logprobs)
     if max_tokens is not None and sampling.min_tokens > max_tokens:
         raise fields.refuse("min_tokens", f"must be at most max_tokens, which is {max_tokens}")
@@ -153,7 +155,7 @@ def _options(fields: Fields, served: Served, num_prompts: int, max_tokens: int |
         include_usage=usage is not None and usage.boolean("include_usage"),
         continuous_usage=usage is not None and usage.boolean("continuous_usage_stats"),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
-        rules=TextRules(_stops(fields), include_stop, sampling.min_tokens),
+        rules=TextRules(_stops(fields), include_stop, sampling.min_tokens, sampling.stop_token_ids),
         sampling=sampling,
         max_tokens=max_tokens,
         cache_salt=cache_salt(fields),
@@ -175,10 +177,11 @@ def _sampling(fields: Fields, served: Served, logprobs: int | None) -> Sampling:
         value = fields.number(name, low, high)
         return float(served.defaults.get(name, default)) if value is None else value
 
-    top_k = fields.integer("top_k", -1, 2**31 - 1)
+    top_k = fields.integer("top_k", -1, _INT32_MAX)
+    stop_ids = fields.items("stop_token_ids")
     sampling = Sampling(
         max_tokens=1,
-        min_tokens=fields.integer("min_tokens", 0) or 0,
+        min_tokens=fields.integer("min_tokens", 0, _INT32_MAX) or 0,
         temperature=number("temperature", 1.0, 0, 2),
         top_p=number("top_p", 1.0, 0, 1),
         top_k=max(0, int(served.defaults.get("top_k") or 0) if top_k is None else top_k),
@@ -187,7 +190,7 @@ def _sampling(fields: Fields, served: Served, logprobs: int | None) -> Sampling:
         frequency_penalty=number("frequency_penalty", 0.0, -2, 2),
         repetition_penalty=number("repetition_penalty", 1.0, 0, None),
         seed=fields.integer("seed", -_INT64, _INT64 - 1),
-        stop_token_ids=tuple(token_ids(fields, "stop_token_ids", fields.items("stop_token_ids"), served.vocab_size)),
+        stop_token_ids=tuple(dict.fromkeys(token_ids(fields, "stop_token_ids", stop_ids, served.vocab_size))),
         ignore_eos=fields.boolean("ignore_eos"),
         logprobs=logprobs,
         logit_bias=_logit_bias(fields, served.vocab_size),
@@ -227,7 +230,7 @@ def _logit_bias(fields: Fields, vocab_size: int) -> Mapping[int, float]:
     entries = as_fields(values, fields.path("logit_bias"))
     result: dict[int, float] = {}
     for key in values:
-        if not (key.isascii() and key.isdigit()) or int(key) >= vocab_size:
+        if not (key.isascii() and key.isdigit() and len(key) <= _ID_DIGITS) or int(key) >= vocab_size:
             raise fields.refuse("logit_bias", f"keys must be token ids below {vocab_size}")
         bias = entries.number(key, -100, 100)
         if bias is not None:
@@ -274,21 +277,15 @@ def template_variables(fields: Fields) -> Mapping[str, Any]:
     continued = fields.boolean("continue_final_message")
     if continued and add and fields.raw("add_generation_prompt") is not None:
         raise fields.refuse("continue_final_message", "cannot be combined with add_generation_prompt")
+    base: dict[str, Any] = {"add_generation_prompt": add and not continued, "continue_final_message": continued}
+    if effort := fields.text("reasoning_effort"):
+        base |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    if documents := fields.items("documents"):
+        base["documents"] = documents
     extra = fields.raw("chat_template_kwargs")
     if extra is not None:
         as_fields(extra, fields.path("chat_template_kwargs"))
         reserved = {"messages", "tools", "continue_final_message"} & set(extra)
         if reserved:
             raise fields.refuse("chat_template_kwargs", f"must not set {', '.join(sorted(reserved))}")
-    base = {"add_generation_prompt": add and not continued, "continue_final_message": continued}
     return base | (extra or {})
-
-
-def _refuse_unsupported(fields: Fields) -> None:
-    if (form := fields.nested("response_format")) is not None and form.text("type") != "text":
-        raise form.refuse("type", "only 'text' is supported", "unsupported_value")
-    if fields.raw("modalities") not in (None, ["text"]):
-        raise fields.refuse("modalities", "only ['text'] is supported", "unsupported_value")
-    for name in _UNSUPPORTED:
-        if fields.raw(name) not in (None, False):
-            raise fields.refuse(name, "is not supported", "unsupported_parameter")

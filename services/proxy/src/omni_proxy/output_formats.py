@@ -38,13 +38,24 @@ class OutputFormat:
         return frozenset(mark for marks in parts for mark in (marks.open, marks.close))
 
 
+def exact_json(text: str) -> Any:
+    """JSON with integers of any size, which orjson rounds to a float past 64 bits.
+
+    Raises:
+        ValueError: it is no JSON, or half a surrogate pair is in it.
+        RecursionError: it is nested too deeply.
+    """
+    orjson.loads(text)
+    return json.loads(text)
+
+
 def _json_calls(body: str) -> Sequence[NamedCall] | None:
     """One object with `name` and `arguments` (or `parameters`), or a list of them."""
     try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        value = exact_json(body)
+        calls = [_named(entry) for entry in (value if isinstance(value, list) else [value])]
+    except (ValueError, RecursionError):
         return None
-    calls = [_named(entry) for entry in (value if isinstance(value, list) else [value])]
     return [call for call in calls if call is not None] if calls and None not in calls else None
 
 

@@ -76,7 +76,8 @@ class Prefilling:
         patience_ms = self._course.scheduler.hedging.patience_ms(predicted_ms)
         if patience_ms is None:
             return await self._leg(member, predicted_ms)
-        legs = {asyncio.ensure_future(self._leg(member, predicted_ms)): "first"}
+        began, first = self._loop.time(), asyncio.ensure_future(self._leg(member, predicted_ms))
+        legs = {first: "first"}
         chosen: asyncio.Task[Prefilled] | None = None
         try:
             done, _ = await asyncio.wait(legs, timeout=patience_ms / 1e3)
@@ -86,6 +87,9 @@ class Prefilling:
             winner = await _first(set(legs))
             if len(legs) > 1:
                 metrics.hedges.labels(legs[winner]).inc()
+                if not first.done():
+                    # It would have taken at least this long.
+                    self._saw(predicted_ms, began)
             answer, chosen = winner.result(), winner
             return answer
         finally:
@@ -149,10 +153,6 @@ class Prefilling:
             except OmniError as error:
                 attempt.failed(error)
                 self._course.excluded.add(worker.id)
-                raise
-            except asyncio.CancelledError:
-                # Who loses to a hedge would have taken at least this long.
-                self._saw(predicted_ms, began)
                 raise
             attempt.succeeded()
             mark.computed()

@@ -7,6 +7,7 @@ from typing import Any
 from omni_proxy.chat_messages import chat_messages, tool_definitions
 from omni_proxy.fields import Fields
 from omni_proxy.openai_requests import Served, cache_salt, check_model, template_variables, token_ids
+from omni_proxy.openai_unsupported import TOKENIZE_NAMES, refuse_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class TokenizeRequest:
 
 def parse_tokenize(fields: Fields, served: Served) -> TokenizeRequest:
     check_model(fields, served, required=False)
+    refuse_names(fields, TOKENIZE_NAMES)
     prompt = fields.text("prompt")
     has_messages = fields.raw("messages") is not None
     if (prompt is None) == (not has_messages):

@@ -64,9 +64,16 @@ class Day:
     used: float = 0.0
 
     def used_at(self, wall_s: float) -> float:
-        if (number := int(wall_s // _DAY_S)) != self.number:
+        """A clock that is set back over midnight does not begin the day twice."""
+        number = _day_of(wall_s)
+        if number > self.number or number < self.number - 1:
             self.number, self.used = number, 0.0
         return self.used
+
+    def correct(self, tokens: float, charged_s: float) -> None:
+        """By what was charged too little at that time. Of an earlier day there is nothing to correct."""
+        if _day_of(charged_s) == self.number:
+            self.used = max(0.0, self.used + tokens)
 
 
 class Quota:
@@ -114,7 +121,8 @@ class Quota:
         daily = self._limits.tokens_per_day
         if daily is not None and self._day.used_at(wall_s) + tokens > daily:
             message = f"more than {daily:g} tokens per day"
-            raise ResourceExhausted(message, reason="tokens_per_day", retry_after_s=_DAY_S - wall_s % _DAY_S)
+            midnight_s = None if tokens > daily else _DAY_S - wall_s % _DAY_S
+            raise ResourceExhausted(message, reason="tokens_per_day", retry_after_s=midnight_s)
         if self._tokens is not None:
             if tokens > self._tokens.per_minute:
                 message = f"{tokens:g} tokens are more than the {self._tokens.per_minute:g} of a minute"
@@ -122,13 +130,14 @@ class Quota:
             if wait_s := self._tokens.seconds_until(tokens, now):
                 message = f"more than {self._tokens.per_minute:g} tokens per minute"
                 raise ResourceExhausted(message, reason="tokens_per_minute", retry_after_s=wait_s)
-        self.settle(tokens, now, wall_s)
+            self._tokens.take(tokens, now)
+        self._day.used = self._day.used_at(wall_s) + tokens
 
-    def settle(self, tokens: float, now: float, wall_s: float) -> None:
-        """Correct a charge by so many tokens."""
+    def settle(self, tokens: float, now: float, charged_s: float) -> None:
+        """Correct a charge of that Unix time by so many tokens."""
         if self._tokens is not None:
             self._tokens.take(tokens, now)
-        self._day.used = max(0.0, self._day.used_at(wall_s) + tokens)
+        self._day.correct(tokens, charged_s)
 
     def headers(self, now: float) -> Mapping[str, str]:
         """Like OpenAI's: the limits of a minute, what is left, and when all of it will be."""
@@ -139,6 +148,10 @@ class Quota:
                 found[f"x-ratelimit-remaining-{name}"] = str(max(0, int(bucket.level(now))))
                 found[f"x-ratelimit-reset-{name}"] = span_of(bucket.seconds_until(bucket.per_minute, now))
         return found
+
+
+def _day_of(wall_s: float) -> int:
+    return int(wall_s // _DAY_S)
 
 
 def span_of(seconds: float) -> str:

@@ -7,13 +7,12 @@ What waits in the proxy counts as prefill's backlog, since it is there that it w
 in both.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Gauge
 
 from omni_proxy.fleet import Fleet
 from omni_proxy.scheduling.request import Slo
@@ -98,16 +97,18 @@ def _allowed_ms(slo: Slo) -> float:
     return slo.ttft_ms or _TTFT_MS
 
 
-class SaturationCollector(Collector):
-    """`omni_proxy_saturation` and `omni_proxy_backlog_seconds`, read when scraped."""
+class SaturationMetrics:
+    """`omni_proxy_saturation` and `omni_proxy_backlog_seconds`."""
 
-    def __init__(self, saturation: Saturation) -> None:
+    def __init__(self, saturation: Saturation, registry: CollectorRegistry) -> None:
         self._saturation = saturation
+        self._full = Gauge(
+            "omni_proxy_saturation", "1: one more request would wait too long", ["role"], registry=registry
+        )
+        self._backlog = Gauge("omni_proxy_backlog_seconds", "Predicted, per worker", ["role"], registry=registry)
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        full = GaugeMetricFamily("omni_proxy_saturation", "1: one more request would wait too long", labels=["role"])
-        backlog = GaugeMetricFamily("omni_proxy_backlog_seconds", "Predicted, per worker", labels=["role"])
+    def observe(self) -> None:
+        """Set them."""
         for role in self._saturation.roles():
-            full.add_metric([role.role], role.saturation)
-            backlog.add_metric([role.role], role.backlog_ms / 1e3)
-        return [full, backlog]
+            self._full.labels(role.role).set(role.saturation)
+            self._backlog.labels(role.role).set(role.backlog_ms / 1e3)

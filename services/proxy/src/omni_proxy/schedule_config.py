@@ -6,7 +6,7 @@ python -m omni_proxy.schedule_config FILE    checks a file and prints the effect
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,6 +32,20 @@ from omni_proxy.tenants import KEYS_ELSEWHERE, TenantSettings
 _SHOWN_DIGITS = 8
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: the first one would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +56,7 @@ class _PlugInSettings(_Section):
     known: ClassVar[Callable[[], Mapping[str, Plugin[Any]]]]
 
     name: str
-    parameters: Mapping[str, Any] = Field(default_factory=dict)
+    parameters: Mapping[str, Any] = Field(default_factory=dict, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +76,8 @@ class _PlugInSettings(_Section):
                 cls.known()[name].build(name, values)
             except OmniError as error:
                 raise ValueError(error.message) from None
+            except Exception as error:  # a third party's may raise anything
+                raise ValueError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
         return values
 
 
@@ -105,9 +121,9 @@ class SloSettings(_Section):
 class ScheduleConfig(_Section):
     """What may change while requests are running."""
 
-    policy: PolicySettings = PolicySettings()
+    policy: PolicySettings = Field(default_factory=PolicySettings)
     filters: tuple[FilterSettings, ...] = ()
-    predictor: PredictorSettings = PredictorSettings()
+    predictor: PredictorSettings = Field(default_factory=PredictorSettings)
     slo: SloSettings = SloSettings()
     flow: FlowSettings = FlowSettings()
     tenants: tuple[TenantSettings, ...] = ()
@@ -144,7 +160,7 @@ class ScheduleConfig(_Section):
     def parse(cls, content: bytes, base: Self | None = None, *, keys_elsewhere: bool = False) -> Self:
         """Raises as `load` does."""
         try:
-            values = yaml.safe_load(content)
+            values = yaml.load(content, _Loader)
         except yaml.YAMLError as error:
             raise InvalidRequest(f"is not YAML: {error}") from None
         if not isinstance(values, dict | None):

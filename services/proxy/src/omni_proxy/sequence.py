@@ -35,18 +35,24 @@ class Limits:
 
 
 class OutputLengths:
-    """How long answers are, as far as one can tell before they end: a moving average, at most what is allowed."""
+    """How long answers are, as far as one can tell before they end: a moving average, at most what is allowed.
+
+    The first guess counts as much as a few answers, and no answer for more than the last of about fifty.
+    """
 
     _SMOOTHING = 0.02
+    _GUESS_ANSWERS = 8
 
     def __init__(self, first_guess: float = 128.0) -> None:
         self._mean = first_guess
+        self._answers = self._GUESS_ANSWERS
 
     def expect(self, max_tokens: int) -> int:
         return max(1, min(max_tokens, round(self._mean)))
 
     def saw(self, tokens: int) -> None:
-        self._mean += self._SMOOTHING * (tokens - self._mean)
+        self._answers += 1
+        self._mean += max(self._SMOOTHING, 1 / self._answers) * (tokens - self._mean)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 from opentelemetry import trace
@@ -16,6 +17,8 @@ from omni_common.telemetry import set_up
 from omni_proxy import __version__
 from omni_proxy.admission import Admission
 from omni_proxy.app import running
+from omni_proxy.connections import Connection
+from omni_proxy.last_words import LastWords
 from omni_proxy.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -66,8 +69,9 @@ async def serve(settings: Settings) -> None:
             gc.collect()
             gc.freeze()
             gc.set_threshold(*_GC_THRESHOLDS)
-            server = _Server(_config(settings, proxy.app))
-            stopper = asyncio.create_task(_stop_on_signal(server, proxy.admission, settings.drain_timeout_s))
+            app = LastWords(proxy.app)
+            server = _Server(_config(settings, app))
+            stopper = asyncio.create_task(_stop_on_signal(server, app, proxy.admission, settings.drain_timeout_s))
             try:
                 await server.serve()
             finally:
@@ -83,7 +87,7 @@ def _config(settings: Settings, app: object) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=partial(Connection, patience_s=settings.body_timeout_s),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         backlog=_BACKLOG,
@@ -102,7 +106,7 @@ def _config(settings: Settings, app: object) -> uvicorn.Config:
     return config
 
 
-async def _stop_on_signal(server: uvicorn.Server, admission: Admission, drain_timeout_s: float) -> None:
+async def _stop_on_signal(server: uvicorn.Server, app: LastWords, admission: Admission, drain_timeout_s: float) -> None:
     """First signal: refuse new requests, finish the running ones, then stop listening. Second signal: stop at once."""
     stop, now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -122,4 +126,5 @@ async def _stop_on_signal(server: uvicorn.Server, admission: Admission, drain_ti
     await asyncio.wait(waits[1:], timeout=_LAST_CALL_S)
     for wait in waits:
         wait.cancel()
+    await app.cut_off()
     server.should_exit = True

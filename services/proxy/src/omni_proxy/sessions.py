@@ -78,7 +78,8 @@ class DecodeSession:
             return
         self._idle.set()
         self._metrics.aborts.inc(len(feeds))
-        self._send(pb.SessionRequest(abort=pb.Abort(stream_ids=list(feeds))))
+        if known := [stream_id for stream_id, feed in feeds.items() if not feed.is_unsent]:
+            self._send(pb.SessionRequest(abort=pb.Abort(stream_ids=known)))
         error = Unavailable("the decode worker has gone quiet", reason=STALLED)
         for feed in feeds.values():
             feed.finish(End(error=error))
@@ -91,6 +92,7 @@ class DecodeSession:
         if not self._is_ready or len(self._outbox) >= _MAX_OUTBOX:
             raise Unavailable("no session with the decode worker", reason="no_session")
         feed = Feed(next(self._ids))
+        feed.is_unsent = True
         self._feeds[feed.stream_id] = feed
         self._idle.clear()
         self._watch.owes(submission.predicted_ms / 1e3)
@@ -102,7 +104,8 @@ class DecodeSession:
             return
         self._remove(feed.stream_id)
         self._metrics.aborts.inc()
-        self._send(pb.SessionRequest(abort=pb.Abort(stream_ids=[feed.stream_id])))
+        if not feed.is_unsent:
+            self._send(pb.SessionRequest(abort=pb.Abort(stream_ids=[feed.stream_id])))
 
     async def run(self) -> None:
         """Keep a session open until cancelled."""
@@ -159,7 +162,12 @@ class DecodeSession:
     async def _write(self, call: Any) -> None:
         while True:
             while self._outbox:
-                await call.write(self._outbox.popleft())
+                request = self._outbox.popleft()
+                if request.HasField("submit"):
+                    if (feed := self._feeds.get(request.submit.stream_id)) is None:
+                        continue  # it ended before it left
+                    feed.is_unsent = False
+                await call.write(request)
             self._has_outgoing.clear()
             await self._has_outgoing.wait()
 

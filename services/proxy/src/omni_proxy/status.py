@@ -50,6 +50,11 @@ class StatusPages:
 
     async def metrics(self, request: Request) -> Response:
         """In OpenMetrics, which has exemplars, for scrapers that accept it."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self.metrics_of.registry), headers={"content-type": content_type})
+
+    def observe(self) -> None:
+        """Set the gauges of the fleet."""
         usable = [m for m in self.fleet.members if self._refusal(m) is None]
         for role in Role:
             self.metrics_of.workers.labels(role).set(sum(m.worker.role is role for m in usable))
@@ -60,8 +65,6 @@ class StatusPages:
         self.fleet.replica.observe()
         for model, confidence in self.fleet.times.confidence().items():
             self.metrics_of.prediction_confidence.labels(model).set(confidence)
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self.metrics_of.registry), headers={"content-type": content_type})
 
     async def workers(self, request: Request) -> Response:
         return _json(

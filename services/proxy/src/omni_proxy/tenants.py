@@ -61,6 +61,9 @@ class ApiKey(BaseModel):
             raise ValueError("give one of sha256, key_env and key")
         if not self.is_set and not (info.context or {}).get(KEYS_ELSEWHERE):
             raise ValueError(f"the environment variable {self.key_env} is not set")
+        if self._plain != self._plain.strip():
+            where = "the key" if self.key_env is None else f"the environment variable {self.key_env}"
+            raise ValueError(f"{where} begins or ends with white space, which no header can bring")
         return self
 
     @property
@@ -72,14 +75,17 @@ class ApiKey(BaseModel):
     def digest(self) -> bytes:
         if self.sha256 is not None:
             return bytes.fromhex(self.sha256)
-        plain = os.environ.get(self.key_env or "", "") if self.key is None else self.key.get_secret_value()
-        return hashlib.sha256(plain.encode()).digest()
+        return hashlib.sha256(self._plain.encode()).digest()
+
+    @property
+    def _plain(self) -> str:
+        return os.environ.get(self.key_env or "", "") if self.key is None else self.key.get_secret_value()
 
 
 class TenantSettings(BaseModel):
     """One tenant. Limits that are None do not hold."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     keys: tuple[ApiKey, ...] = ()
@@ -122,13 +128,15 @@ class Visit:
         self._tenants = tenants
         self._tenant = tenant
         self._charged = 0.0
+        self._charged_s = 0.0
         self._has_ended = False
 
     def charge(self, tokens: int) -> None:
         """Raises `ResourceExhausted` when the expected tokens of prompt and output are too many."""
+        wall_s = self._tenants.wall()
         with self._tenants.refusals(self._tenant):
-            self._tenant.quota.charge(tokens, self._tenants.now(), self._tenants.wall())
-        self._charged = tokens
+            self._tenant.quota.charge(tokens, self._tenants.now(), wall_s)
+        self._charged, self._charged_s = tokens, wall_s
 
     def end(self, tokens: int = 0) -> None:
         """The request is over and has used these tokens; again is nothing."""
@@ -137,7 +145,7 @@ class Visit:
         self._has_ended = True
         quota = self._tenant.quota
         quota.leave()
-        quota.settle(tokens - self._charged, self._tenants.now(), self._tenants.wall())
+        quota.settle(tokens - self._charged, self._tenants.now(), self._charged_s)
 
     @property
     def headers(self) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from omni_common.errors import Internal, InvalidRequest
+from omni_proxy.call_shape import shape_for
 from omni_proxy.detokenize import ByteFallbackDetokenizer, ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 from omni_proxy.output_formats import FORMATS, format_of
 
-_INLINE_CHARS = 2 * 1024
+_INLINE_CHARS, _INLINE_MESSAGES, _INLINE_TOKENS = 2 * 1024, 64, 16 * 1024
+"""More is worked on in a thread, so that streams keep flowing."""
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -44,14 +47,18 @@ class ModelText:
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if (token := config.get(name)) is not None
         }
+        self._shape = shape_for(lambda messages: self._rendered(messages, {}))
         generation = _read_json(model_dir / "generation_config.json")
-        self.sampling_defaults: Mapping[str, float] = {k: generation[k] for k in _DEFAULTED if generation.get(k)}
+        self.sampling_defaults: Mapping[str, float] = {
+            k: generation[k] for k in _DEFAULTED if generation.get(k) is not None
+        }
         config_json = _read_json(model_dir / "config.json")
         self.context_length: int | None = config_json.get("max_position_embeddings")
         known = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.vocab_size: int = max(known, int(config_json.get("vocab_size") or 0))
         special = {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         marks = self.format.marks
+        self._bytes: Sequence[bytes] | None = None
         self._make: Mapping[tuple[bool, bool], Callable[[], Detokenizer]] = {
             (True, False): self._detokenizers(frozenset(special)),
             (True, True): self._detokenizers(frozenset(i for i, text in special.items() if text not in marks)),
@@ -59,10 +66,22 @@ class ModelText:
         }
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids; long texts are tokenized in a thread so that streams keep flowing."""
+        """Token ids."""
         if len(text) <= _INLINE_CHARS:
             return self._encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(None, self._encode, text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    async def rendered(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
+        """See `render`."""
+        if len(messages) <= _INLINE_MESSAGES:
+            return self.render(messages, **variables)
+        return await asyncio.to_thread(partial(self.render, messages, **variables))
+
+    async def decoded(self, token_ids: Sequence[int]) -> str:
+        """With special tokens."""
+        if len(token_ids) <= _INLINE_TOKENS:
+            return self.decode(token_ids, skip_special_tokens=False)
+        return await asyncio.to_thread(self.decode, token_ids, skip_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -73,33 +92,37 @@ class ModelText:
 
     def token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text (U+FFFD for parts of characters) and as bytes, for log-probabilities."""
-        detokenizer = self._make[False, False]()
-        if isinstance(detokenizer, ByteLevelDetokenizer):
+        if self._bytes is not None:
             data = self._bytes[token_id] if token_id < len(self._bytes) else b""
             return data.decode("utf-8", "replace"), data
+        detokenizer = self._make[False, False]()
         text = detokenizer.push([token_id]) + detokenizer.flush()
         return text, text.encode()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
         """The chat template's text.
 
         Raises:
             InvalidRequest: there is no template, or it refuses the messages.
         """
-        if self._template is None:
-            raise InvalidRequest("the model has no chat template; use /v1/completions", field="messages")
         continued = bool(variables.pop("continue_final_message", False))
+        messages = self._shape.shaped(messages)
         if continued:
             last = {**messages[-1], "content": f"{messages[-1].get('content') or ''}{_CONTINUE_MARK}"}
             messages = [*messages[:-1], last]
+        text = self._rendered(messages, variables)
+        return _cut_at_mark(text) if continued else text
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        if self._template is None:
+            raise InvalidRequest("the model has no chat template; use /v1/completions", field="messages")
         try:
-            text = self._template.render(messages=messages, **(self._template_tokens | variables))
+            return self._template.render({**self._template_tokens, **variables, "messages": messages})
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", field="messages") from None
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             message = f"the chat template cannot render the messages: {type(error).__name__}"
             raise InvalidRequest(message, field="messages") from None
-        return _cut_at_mark(text) if continued else text
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """As a batch of one, whose offsets in the text are not looked for: a quarter quicker."""
@@ -116,6 +139,8 @@ class ModelText:
             return lambda: ByteLevelDetokenizer(table)
         if kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"]):
             pieces = ["" if t is None or i in hidden else _byte_fallback(t) for i, t in enumerate(tokens)]
+            if not hidden:
+                self._bytes = [piece.encode() if isinstance(piece, str) else bytes([piece]) for piece in pieces]
             return lambda: ByteFallbackDetokenizer(pieces, kinds[-1] == "Strip")
         tokenizer = self._tokenizer
         return lambda: WindowDetokenizer(
@@ -124,10 +149,14 @@ class ModelText:
 
 
 def _load_tokenizer(model_dir: Path) -> Tokenizer:
+    """Without the truncation and padding of a training run, which some models carry in the file."""
     try:
-        return Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
         raise Internal(f"cannot load {model_dir / 'tokenizer.json'}: {error}", field="model_dir") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from omni.decode.v1.decode_service_pb2 import (
     Welcome,
 )
 from omni.decode.v1.decode_service_pb2_grpc import DecodeServiceServicer
-from omni_common.errors import InvalidRequest, OmniError, Unavailable
+from omni_common.errors import DeadlineExceeded, InvalidRequest, OmniError, Unavailable
 from omni_engine.hosting.accounts import Accounts
 from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.background import Background
@@ -34,6 +35,10 @@ from omni_engine.hosting.wire import (
     timings_to_wire,
 )
 from omni_engine.ports import DecodeJob, Engine, FinishReason, SequenceOutput
+
+log = logging.getLogger(__name__)
+
+_HELLO_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +100,13 @@ class Session:
         self.outbox = Outbox(host.limits.frame_window, host.limits.max_pending_tokens)
 
     async def read(self, requests: AsyncIterator[SessionRequest]) -> None:
-        """Handle the client's messages until it ends the stream."""
+        """Handle the client's messages until it ends the stream, or the session is over: a client that reads nothing
+        does not hear of it, and gRPC holds back what it sends."""
         try:
             async for message in requests:
                 await self._handle(message)
+                if self.outbox.is_over:
+                    return
             self.outbox.close()
         except OmniError as error:
             self.outbox.fail(error)
@@ -113,7 +121,7 @@ class Session:
             case "ack":
                 self.outbox.acknowledge(message.ack.frame)
             case "abort":
-                ids = message.abort.stream_ids
+                ids = dict.fromkeys(message.abort.stream_ids)
                 self._abort([s for i in ids if (s := self._by_stream.get(i)) is not None], "client")
             case other:
                 raise InvalidRequest(f"unexpected message {other!r} in a session", field="message")
@@ -137,6 +145,9 @@ class Session:
             self._fail(sequence, "engine_slow")
         except OmniError as error:
             self._refuse(sequence, error)
+        except Exception:  # of this sequence alone; the others go on
+            log.exception("the engine failed at a sequence")
+            self._fail(sequence, "engine_failed")
         if sequence.has_ended:
             # Its end came while the engine was accepting it, so that abort may have found nothing.
             self._host.background.spawn(self._host.engine.abort([job.request_id]), "abort-late")
@@ -250,8 +261,11 @@ class Session:
 
 async def _expect_hello(requests: AsyncIterator[SessionRequest]) -> str:
     """The client's name."""
-    async for message in requests:
-        if message.WhichOneof("message") == "hello":
-            return message.hello.proxy_id
-        break
-    raise InvalidRequest("a session begins with hello", field="hello")
+    try:
+        async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            message = await anext(requests, None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"no hello within {_HELLO_TIMEOUT_S:.0f} s", reason="silent") from None
+    if message is None or message.WhichOneof("message") != "hello":
+        raise InvalidRequest("a session begins with hello", field="hello")
+    return message.hello.proxy_id

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 VERSION = "1"
 _MAX_EVENT_BATCHES = 10_000
+_MAX_LOGPROBS = 20
+"""As vLLM's default."""
 _SMOOTHING = 0.1
 
 
@@ -81,7 +83,7 @@ class SimEngine:
             self._tasks.append(self._spawn(self._die_after(self.faults.die_after_s), "sim-death"))
 
     async def prefill(self, job: PrefillJob) -> PrefillResult:
-        self._check(job.request_id, job.token_ids)
+        self._check(job)
         if self.faults.fail_next_prefills:
             self.faults.fail_next_prefills -= 1
             raise Unavailable("prefill failed on purpose", reason="fault")
@@ -102,7 +104,7 @@ class SimEngine:
         return self._leases.free(lease_id)
 
     async def submit(self, job: DecodeJob, sink: ports.StepSink) -> None:
-        self._check(job.request_id, job.token_ids)
+        self._check(job)
         handle = job.kv_handle
         if handle is not None and handle.block_size != self._settings.block_size:
             raise FailedPrecondition(
@@ -201,13 +203,16 @@ class SimEngine:
             raise FailedPrecondition("this engine has no expert-parallel ranks", reason="no_expert_parallelism")
         return self._experts
 
-    def _check(self, request_id: str, token_ids: Sequence[int]) -> None:
+    def _check(self, job: PrefillJob | DecodeJob) -> None:
         self._require_alive()
-        if request_id in self._by_id:
-            raise InvalidRequest(f"request {request_id!r} is running", field="request_id")
-        if not 0 < len(token_ids) < self._settings.max_model_len:
+        if job.request_id in self._by_id:
+            raise InvalidRequest(f"request {job.request_id!r} is running", field="request_id")
+        if not 0 < len(job.token_ids) < self._settings.max_model_len:
             limit = self._settings.max_model_len
-            raise InvalidRequest(f"{len(token_ids)} tokens do not fit a model length of {limit}", field="token_ids")
+            message = f"{len(job.token_ids)} tokens do not fit a model length of {limit}"
+            raise InvalidRequest(message, field="token_ids")
+        if (job.sampling.logprobs or 0) > _MAX_LOGPROBS:
+            raise InvalidRequest(f"logprobs of at most {_MAX_LOGPROBS} tokens are told", field="sampling.logprobs")
 
     def _sequence(self, job: PrefillJob | DecodeJob, num_prompt: int) -> SimSequence:
         tokens, sampling = list(job.token_ids), job.sampling
@@ -335,6 +340,11 @@ class SimEngine:
         return output
 
     def _finish_prefill(self, sequence: SimSequence) -> None:
+        answer = sequence.result
+        if answer is None or answer.done():
+            # Its caller was cancelled in this very pass of the event loop: nobody would learn of a lease.
+            self._drop(sequence)
+            return
         token = sequence.stream.token(0)
         finish = sequence.stream.finish(token, 0)
         timings, blocks, name = sequence.timings(self._clock.now_s()), sequence.blocks, sequence.request_id
@@ -344,9 +354,8 @@ class SimEngine:
             self._leases.grant(name, blocks, sequence.num_prompt)
             handle = self._server.handle(name, sequence.num_prompt, len(blocks), self._settings, self.info.engine_id)
         self._drop(sequence)
-        result = PrefillResult(token, finish, handle, sequence.cached, timings, sequence.stream.logprobs(token))
-        if sequence.result is not None and not sequence.result.done():
-            sequence.result.set_result(result)
+        logprobs = sequence.stream.logprobs(token)
+        answer.set_result(PrefillResult(token, finish, handle, sequence.cached, timings, logprobs))
 
     async def _pull(self, sequence: SimSequence, handle: KvHandle) -> None:
         """Fetch what the local cache lacks; where that fails the prompt is computed here."""

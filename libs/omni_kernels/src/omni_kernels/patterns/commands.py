@@ -88,8 +88,8 @@ def search(
     space = Space(full, budgets, context)
     best_possible = decoder.score(full.layers)
     floor = None if accuracy_loss is None else best_possible.accuracy - accuracy_loss
-    run = Search(space, Goal(kv_share, floor), decoder.score, _say)
     with _refusing("--kv-share"):
+        run = Search(space, Goal(kv_share, floor), decoder.score, _say)
         chosen = METHODS[method](run, seed)
     found = _found(method, seed, run, chosen, best_possible, len(questions.read(questions_file)))
     with _refusing("--out"):

@@ -39,6 +39,11 @@ class Space:
         blocks = sum(self.full.blocks_of(layer, self.tokens) for layer in candidate)
         return blocks / (self.num_layers * self.full.blocks_of(None, self.tokens))
 
+    @property
+    def least_share(self) -> float:
+        """Of the candidate that keeps least."""
+        return min(self.share((choice,) * self.num_layers) for choice in self.choices)
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -72,6 +77,11 @@ class Search:
     score: Callable[[Candidate], Score]
     progress: Callable[[int, Candidate, float, Score], None] = lambda count, candidate, share, score: None
     seen: dict[Candidate, Score] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no candidate can meet the goal."""
+        if self.goal.share is not None and self.space.least_share > self.goal.share:
+            raise _unreachable()
 
     def merit(self, candidate: Candidate) -> tuple[float, ...]:
         if candidate not in self.seen:
@@ -159,8 +169,12 @@ def samples(space: Space, share: float | None, seed: int, count: int, at_least: 
         if len(found) == count:
             break
     if not found:
-        raise ValueError("no pattern of these choices keeps within the budget of KV bytes; allow more, or less context")
+        raise _unreachable()
     return list(found)
+
+
+def _unreachable() -> ValueError:
+    return ValueError("no pattern of these choices keeps within the budget of KV bytes; allow more, or fewer blocks")
 
 
 METHODS: Mapping[str, Callable[[Search, int], Candidate]] = {

@@ -7,6 +7,7 @@ Format: compressed-tensors, `int-quantized`. `<module>.weight` becomes int8 of t
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ def read_config(model: Path) -> dict[str, Any]:
 
 
 def weights_of(model: Path) -> list[Weight]:
-    """All tensors, in the order of the files. Raises ValueError where there are no safetensors files."""
-    return [
+    """All tensors, in the order of the files. Raises ValueError where there are no safetensors files, or the index
+    names tensors that are in none of them."""
+    weights = [
         Weight(name, tuple(part.get_shape()), part.get_dtype())
         for path in files_of(model)
         for name, part in _slices(path)
     ]
+    listed = _listed(model / INDEX)
+    if missing := listed.keys() - {weight.name for weight in weights}:
+        name = min(missing)
+        said = f"{len(missing)} of {len(listed)} tensors are missing, such as {name} ({listed[name]})"
+        raise ValueError(f"{model}: {said}")
+    return weights
 
 
 def files_of(model: Path) -> list[Path]:
@@ -65,6 +73,22 @@ def write(model: Path, out: Path, choice: Choice, told: Callable[[str], None] = 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out: {out} is not empty; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
+    with emptied_on_failure(out):
+        _write(model, out, choice, told)
+
+
+@contextmanager
+def emptied_on_failure(out: Path) -> Iterator[None]:
+    """The files in `out` are deleted where the block fails: nobody shall serve a model that is half there, or wrong."""
+    try:
+        yield
+    except BaseException:
+        for path in out.iterdir():
+            path.unlink()
+        raise
+
+
+def _write(model: Path, out: Path, choice: Choice, told: Callable[[str], None]) -> None:
     chosen, total = frozenset(choice.quantized), 0
     where: dict[str, str] = {}
     for path in files_of(model):
@@ -95,6 +119,17 @@ def quantization_config(choice: Choice) -> Mapping[str, Any]:
     )
     found: dict[str, Any] = json.loads(config.model_dump_json())
     return found
+
+
+def _listed(index: Path) -> Mapping[str, str]:
+    """The file of each tensor, as the index says; nothing where there is no index."""
+    if not index.exists():
+        return {}
+    try:
+        listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: names no tensors: {error!r}") from None
+    return listed
 
 
 def _converted(path: Path, chosen: frozenset[str], told: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:

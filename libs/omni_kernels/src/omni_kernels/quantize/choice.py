@@ -95,7 +95,7 @@ def _check_expert_sizes(config: Mapping[str, Any]) -> None:
         return
     width = next(name for name in (*EXPERT_WIDTHS, "") if not name or shape.get(name))
     for field in ("hidden_size", width):
-        if field and int(shape[field]) % _EXPERT_MULTIPLE:
+        if field and int(shape.get(field) or 0) % _EXPERT_MULTIPLE:
             raise ValueError(f"{field}: {shape[field]} is not a multiple of {_EXPERT_MULTIPLE}, as int8 experts need")
 
 

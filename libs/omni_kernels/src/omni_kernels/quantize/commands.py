@@ -59,7 +59,7 @@ def quantize(
 
 
 def _written(model: Path, out: Path, scheme: str, *, show: bool) -> "list[Row]":
-    from omni_kernels.quantize.checkpoint import read_config, weights_of, write
+    from omni_kernels.quantize.checkpoint import emptied_on_failure, read_config, weights_of, write
     from omni_kernels.quantize.choice import choose
     from omni_kernels.quantize.verification import verify
 
@@ -69,7 +69,8 @@ def _written(model: Path, out: Path, scheme: str, *, show: bool) -> "list[Row]":
         task = progress.add_task("quantizing", total=len(weights))
         write(model, out, choice, lambda name: progress.advance(task))
         progress.update(task, description="checking")
-        return verify(model, out, choice, scheme)
+        with emptied_on_failure(out):
+            return verify(model, out, choice, scheme)
 
 
 def _show(rows: "list[Row]", out: Path) -> None:

@@ -122,7 +122,7 @@ class _Known:
 def _from_service(sources: Sources) -> _Known:
     if (service := sources.service) is None:
         return _Known()
-    group = service.resolve(sources.label)
+    group = service.resolve(sources.label, "--from-service")
     in_force = service.in_force(group)
     topology = in_force.named.layout.topology
     answer = service.load(group)

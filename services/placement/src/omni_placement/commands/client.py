@@ -54,12 +54,12 @@ class PlacementService:
         answer = self._ask("ListGroups", pb.ListGroupsRequest())
         return sorted(answer.groups, key=lambda status: (status.model, status.group))
 
-    def resolve(self, label: str) -> Group:
+    def resolve(self, label: str, option: str = "--model") -> Group:
         """The group meant by MODEL or MODEL/GROUP, or the only one. Model names may hold slashes.
 
         Raises:
             NotFound: the service knows no such group.
-            InvalidRequest: several are meant.
+            InvalidRequest: several are meant; `option` is the one to say which by.
         """
         known = [Group(status.model, status.group) for status in self.groups()]
         exact = [group for group in known if group.label == label]
@@ -73,7 +73,7 @@ class PlacementService:
                 "(omni up --expert-ranks 2)"
             )
         if len(meant) > 1:
-            raise InvalidRequest(f"which one? There are: {labels}", field="--model")
+            raise InvalidRequest(f"which one? There are: {labels}", field=option)
         return meant[0]
 
     def in_force(self, group: Group) -> Known:

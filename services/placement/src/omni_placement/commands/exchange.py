@@ -10,7 +10,7 @@ import typer
 
 from omni.placement.v1 import placement_service_pb2 as pb
 from omni_common.command import examples
-from omni_common.errors import InvalidRequest, NotFound
+from omni_common.errors import NotFound
 from omni_placement.commands import formats, options
 from omni_placement.commands.asked import Where
 from omni_placement.commands.client import load_from_wire, named_from_wire
@@ -138,5 +138,5 @@ def _earlier(records: Sequence[pb.LayoutRecord], version: int) -> Named:
     kept = {record.layout.layout_version: record.layout for record in records}
     if version not in kept:
         versions = ", ".join(map(str, sorted(kept))) or "none"
-        raise InvalidRequest(f"version {version} is not kept (there are: {versions})", field="--version")
+        raise NotFound(f"version {version} is not kept (there are: {versions})", field="--version")
     return named_from_wire(kept[version])

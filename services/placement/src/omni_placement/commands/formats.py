@@ -47,6 +47,8 @@ def read_load(path: Path, phase: Phase | None = None) -> Loads:
     load = array.astype(np.float64)
     if not np.isfinite(load).all() or (load < 0).any():
         raise _unreadable(path, "has counts that are negative or not finite")
+    if (load > imports.LARGEST).any():
+        raise _unreadable(path, "has counts larger than 2**48")
     return load
 
 

@@ -138,12 +138,12 @@ PIN = re.compile(r"(\d+):(\d+):(\d+)")
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(fields: Mapping[str, str] = FIELDS) -> Iterator[None]:
     """Errors name the option to change instead of a field."""
     try:
         yield
     except OmniError as error:
-        if (option := FIELDS.get(error.field or "")) is not None:
+        if (option := fields.get(error.field or "")) is not None:
             error.message, error.field = error.message.replace(str(error.field), option), option
         raise
 

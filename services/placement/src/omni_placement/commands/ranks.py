@@ -14,7 +14,7 @@ from omni_placement.commands.options import numbers, refusals
 ROLLBACK_EPILOG = examples(
     "omni placement rollback",
     "omni placement rollback --model tiny-moe --to-version 3",
-    exit_codes="2 that version is not kept; 4 no such service or group",
+    exit_codes="2 that version has experts on excluded ranks; 4 no such service, group or version",
 )
 RANKS_EPILOG = examples(
     "omni placement ranks",
@@ -64,7 +64,7 @@ def ranks(
 
     Without an option: which ranks are out.
     """
-    with refusals():
+    with refusals({"excluded_ranks": "--exclude"}):
         out, back = set(numbers(exclude, "--exclude")), set(numbers(return_, "--return"))
         if both := out & back:
             raise InvalidRequest(f"rank {min(both)} is in both", field="--return")

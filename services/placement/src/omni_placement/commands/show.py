@@ -135,7 +135,8 @@ def _from_service(service: PlacementService, label: str, load: Path | None, phas
             f"{answer.predicted_imbalance:.3f} predicted"
         )
     if len(answer.forecast):
-        facts["forecast"] = f"error {percent(answer.forecast_error)}, drift {percent(answer.drift)} since planned"
+        error, drift = (percent(share) if share else "not known yet" for share in (answer.forecast_error, answer.drift))
+        facts["forecast"] = f"error {error}, drift since planned {drift}"
     said = {
         "model": group.model, "group": group.group, "version": known.named.version, "solver": known.named.solver,
         "worker": status.worker_id, "applied_version": status.applied_version, "migration": status.migration_id,

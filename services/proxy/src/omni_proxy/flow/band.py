@@ -31,7 +31,7 @@ class Band:
         self.settings = settings
         self.size_bytes = 0
         self.requests = 0
-        self._order = order
+        self.order = order
         self._fairness = fairness
         self._half_life_s = half_life_s
         self._patience_s = patience_s
@@ -150,7 +150,7 @@ class Band:
         if (lane := self._active.get(key)) is not None:
             return lane
         lane = self._idle.pop(key, None)
-        return Lane(key, self._order) if lane is None else lane
+        return Lane(key) if lane is None else lane
 
     def _remember(self, lane: Lane) -> None:
         self._idle[lane.tenant] = lane

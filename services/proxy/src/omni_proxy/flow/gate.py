@@ -9,17 +9,20 @@ ledger, before it awaits anything.
 """
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from omni_common.errors import DeadlineExceeded, OmniError, ResourceExhausted, Unavailable
+from omni_common.errors import DeadlineExceeded, Internal, OmniError, ResourceExhausted, Unavailable
 from omni_proxy.flow.metrics import FlowMetrics, Release
 from omni_proxy.flow.pace import Pace
 from omni_proxy.flow.queue import FlowQueue
 from omni_proxy.flow.settings import FlowSettings
 from omni_proxy.flow.ticket import OUTPUT_WEIGHT, Ticket
+
+log = logging.getLogger(__name__)
 
 _RECHECK_S = 0.05
 """Longest time a prediction is believed: what is stale or wrong corrects itself so soon."""
@@ -116,6 +119,10 @@ class FlowGate:
             self._waiting.pop(ticket, None)
         return self._turn(ticket, now, reason, has_waited=True)
 
+    def refused(self, error: OmniError) -> None:
+        """Count a request that had its turn and for which a filter or the policy then left no worker."""
+        self._metrics.dropped.labels(error.reason).inc()
+
     def poke(self) -> None:
         """Something changed: look again in the next pass of the loop."""
         if self._queue and self._soon is None:
@@ -175,6 +182,17 @@ class FlowGate:
 
     def _pass(self) -> None:
         """Release at most one request, and see to it that there is a next look while any waits."""
+        try:
+            self._look()
+        except Exception as error:
+            # Who predicts may be a third party's. Others are not left to wait for a look that never comes.
+            log.exception("a look at the queue failed")
+            if (head := self._queue.head(self._timers.time())) is not None:
+                self._queue.remove(head)
+                self._fail(head, Internal(f"the prediction failed: {type(error).__name__}", reason="unexpected"))
+            self.poke()
+
+    def _look(self) -> None:
         if self._soon is not None:
             # A timer and a poke in one pass of the loop are one look: a second one would be blind to the first's.
             self._soon.cancel()

@@ -4,7 +4,7 @@ import heapq
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from omni_proxy.flow.orders import Key, Order
+from omni_proxy.flow.orders import Key, Place
 from omni_proxy.flow.ticket import Ticket
 
 AGING_EVERY = 16
@@ -19,6 +19,7 @@ class Entry:
 
     ticket: Ticket
     seq: int
+    place: Place
     ages_s: float
     """From when on it is aged."""
     lane: "Lane | None" = None
@@ -29,7 +30,6 @@ class Lane:
     """`attained` is the service its tenant has had, on the scale of the band."""
 
     tenant: str
-    order: Order
     weight: float = 1.0
     attained: float = 0.0
     ages_s: float = 0.0
@@ -54,7 +54,7 @@ class Lane:
         self.weight = entry.ticket.weight
         self.size_bytes += entry.ticket.size_bytes
         self._by_age[entry.seq] = entry
-        heapq.heappush(self._by_key, (self.order.key(entry.ticket), entry.seq, entry))
+        heapq.heappush(self._by_key, (entry.place.key, entry.seq, entry))
 
     def head(self, now: float) -> Entry:
         """The entry whose turn it is; the lane is not empty."""
@@ -62,9 +62,8 @@ class Lane:
             oldest = next(iter(self._by_age.values()))
             if oldest.ages_s <= now:
                 return oldest
-        hopeless_from_s = self.order.hopeless_from_s
         while entry := _live_top(self._by_key):
-            if hopeless_from_s is None or hopeless_from_s(entry.ticket) >= now:
+            if entry.place.hopeless_from_s >= now:
                 return entry
             key, seq, _ = heapq.heappop(self._by_key)
             heapq.heappush(self._hopeless, (key, seq, entry))

@@ -5,6 +5,8 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from omni_proxy.readings import Readings
+
 _HOLD = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -24,6 +26,7 @@ class Release(StrEnum):
 
 class FlowMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._readings = Readings(registry)
         self._waiting = Gauge("omni_proxy_flow_waiting", "Requests held back", ["band"], registry=registry)
         self._bytes = Gauge("omni_proxy_flow_bytes", "Of requests held back", registry=registry)
         self._tenants = Gauge("omni_proxy_flow_tenants", "With requests held back", ["band"], registry=registry)
@@ -38,7 +41,7 @@ class FlowMetrics:
         self.refusals = Counter(
             "omni_proxy_tenant_refusals", "Above a rate or quota", ["tenant", "reason"], registry=registry
         )
-        self.dropped = Counter("omni_proxy_dropped", "Requests refused for want of room", ["reason"], registry=registry)
+        self.dropped = Counter("omni_proxy_dropped", "Requests that came to no worker", ["reason"], registry=registry)
 
     def watch(
         self,
@@ -46,11 +49,19 @@ class FlowMetrics:
         size_bytes: Callable[[], float],
         bands: dict[str, tuple[Callable[[], float], Callable[[], float]]],
     ) -> None:
-        """Read all when scraped; `bands` gives requests and tenants by the name of a band."""
+        """Read all when asked for; `bands` gives requests and tenants by the name of a band."""
         self._waiting.clear()
         self._tenants.clear()
-        self._saturation.set_function(saturation)
-        self._bytes.set_function(size_bytes)
+        self._readings.use(lambda: self._read(saturation, size_bytes, bands))
+
+    def _read(
+        self,
+        saturation: Callable[[], float],
+        size_bytes: Callable[[], float],
+        bands: dict[str, tuple[Callable[[], float], Callable[[], float]]],
+    ) -> None:
+        self._saturation.set(saturation())
+        self._bytes.set(size_bytes())
         for name, (requests, tenants) in bands.items():
-            self._waiting.labels(name).set_function(requests)
-            self._tenants.labels(name).set_function(tenants)
+            self._waiting.labels(name).set(requests())
+            self._tenants.labels(name).set(tenants())

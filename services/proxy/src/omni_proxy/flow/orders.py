@@ -27,6 +27,19 @@ class Order:
     hopeless_from_s: Callable[[Ticket], float] | None = None
     """Behind all others from this instant on."""
 
+    def place_of(self, ticket: Ticket) -> "Place":
+        """Asked once, before the ticket is let in: a third party's order may raise anything."""
+        hopeless_from_s = math.inf if self.hopeless_from_s is None else self.hopeless_from_s(ticket)
+        return Place(tuple(map(float, self.key(ticket))), float(hopeless_from_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What an order says of one ticket."""
+
+    key: Key
+    hopeless_from_s: float
+
 
 def arrival(ticket: Ticket) -> Key:
     return (ticket.arrived_s,)

@@ -55,7 +55,7 @@ class FlowQueue:
 
     def band_of(self, ticket: Ticket) -> Band:
         """The highest band not above the ticket's priority, else the lowest."""
-        return next((b for b in self._bands if b.settings.priority <= ticket.priority), self._bands[-1])
+        return _band_among(self._bands, ticket)
 
     def offer(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         """Let it wait. Returns the tickets it displaced: the newest of sheddable bands below its own.
@@ -64,10 +64,11 @@ class FlowQueue:
             ResourceExhausted: a bound is reached; `reason` says which.
         """
         band = self.band_of(ticket)
+        place = band.order.place_of(ticket)
         self._check_band(band, ticket)
         displaced = self._make_room(band, ticket)
         expires_s = min(now + self._settings.ttl_s, ticket.deadline_s)
-        entry = Entry(ticket, next(self._seqs), now + _PATIENCE * self._settings.ttl_s)
+        entry = Entry(ticket, next(self._seqs), place, now + _PATIENCE * self._settings.ttl_s)
         self._entries[ticket] = entry
         self._size_bytes += ticket.size_bytes
         band.add(entry)
@@ -137,15 +138,19 @@ class FlowQueue:
         return ahead
 
     def reconfigure(self, settings: FlowSettings, now: float) -> None:
-        """Move all tickets to the bands and orders of `settings`. None is lost, even above new bounds."""
-        old, waiting = self._bands, sorted(self._entries.values(), key=lambda e: e.seq)
-        self._settings = settings
-        self._bands = _bands_of(settings)
-        known = {band.settings.priority: band for band in old}
-        for band in self._bands:
+        """Move all tickets to the bands and orders of `settings`. None is lost, even above new bounds.
+
+        What an order raises of a ticket is raised before anything has changed.
+        """
+        bands, waiting = _bands_of(settings), sorted(self._entries.values(), key=lambda e: e.seq)
+        places = [_band_among(bands, entry.ticket).order.place_of(entry.ticket) for entry in waiting]
+        known = {band.settings.priority: band for band in self._bands}
+        self._settings, self._bands = settings, bands
+        for band in bands:
             if (before := known.get(band.settings.priority)) is not None:
                 band.inherit(before, now)
-        for entry in waiting:
+        for entry, place in zip(waiting, places, strict=True):
+            entry.place = place
             self.band_of(entry.ticket).add(entry)
 
     def _forget(self, ticket: Ticket) -> Entry:
@@ -198,6 +203,10 @@ class FlowQueue:
             len(self) - leaving + 1 <= share * self._settings.max_requests
             and self._size_bytes - freed + ticket.size_bytes <= share * self._settings.max_bytes
         )
+
+
+def _band_among(bands: Sequence[Band], ticket: Ticket) -> Band:
+    return next((b for b in bands if b.settings.priority <= ticket.priority), bands[-1])
 
 
 def _bands_of(settings: FlowSettings) -> Sequence[Band]:

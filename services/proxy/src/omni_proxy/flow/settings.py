@@ -57,7 +57,10 @@ class FlowSettings(BaseModel):
         default=2000.0, gt=0, description="The head goes anyway when nothing could be released for so long"
     )
     worker_wait_ms: float = Field(
-        default=1000.0, ge=0, description="How long to wait for a worker when none takes work; 0: 503 at once"
+        default=1000.0,
+        ge=0,
+        description="From so long after the last worker has gone requests get 503 at once; who waits already gets it "
+        "then, or after max_hold_ms if that is longer",
     )
     order: str = "slo"
     fairness: str = "least_attained_service"

@@ -22,6 +22,8 @@ from omni_proxy.scheduling.view import Bools, Floats, Ints, Rows
 
 _STEP_BACKGROUND = 0.1
 """Smoothing of the prompt tokens that a worker computes beside a decode step."""
+_IDLE_BACKGROUND = 0.5
+"""What is left of it with each report of a worker that has nothing to do; these come once a second."""
 _TELLS = frozenset({1, 8, 32, 128, 512})
 """Observations of a worker after which others of its kind hear of it."""
 _STRANGER_MS = 1000.0
@@ -181,6 +183,14 @@ class WorkerTimes:
         if self._step.counts(np.array([row]))[0] in _TELLS:
             self._tell(known.kind, self._step, self._step_rows, self._steps_seen)
         return seen
+
+    def saw_idle(self, slot: int) -> None:
+        """A worker has nothing to do: fewer prompts than lately are to be expected beside its steps.
+
+        Else one whose last steps held prompts would look slow for as long as that keeps work from it.
+        """
+        if slot in self._known:
+            self._background[slot] *= _IDLE_BACKGROUND
 
     def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Until what is in flight to each worker is computed."""

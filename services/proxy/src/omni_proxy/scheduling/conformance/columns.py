@@ -14,6 +14,7 @@ from omni_proxy.scheduling.conformance.trials import (
     guarded,
     keeps_little,
     shape,
+    takes_little,
     unharmed,
 )
 from omni_proxy.scheduling.decision import Decision
@@ -66,6 +67,7 @@ def _check_columns(
         again = guarded(partial(call, other, sample))
         if not np.array_equal(column, again):
             fail("two made alike answered differently for the same requests in a row")
+    takes_little(make, call)
     grows_linearly(make, call)
     keeps_little(make, call)
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from omni_common.errors import Unavailable
-from omni_proxy.scheduling.conformance.trials import SAMPLES, fail, grows_linearly, keeps_little, unharmed
+from omni_proxy.scheduling.conformance.trials import SAMPLES, fail, grows_linearly, keeps_little, takes_little, unharmed
 from omni_proxy.scheduling.decision import Decision, LegCosts, eligible
 from omni_proxy.scheduling.interfaces import Policy
 from omni_proxy.scheduling.request import SchedulingRequest
@@ -25,8 +25,8 @@ def check_policy(make: Callable[[], Policy], seed: int = 0) -> None:
         second = choice_of(again, sample)
         if _key(first) != _key(second):
             fail(f"two policies made alike chose {_key(first)} and {_key(second)} for the same requests in a row")
-    grows_linearly(make, lambda one, sample: one.choose(sample.request, sample.view))
-    keeps_little(make, lambda one, sample: one.choose(sample.request, sample.view))
+    for trial in (takes_little, grows_linearly, keeps_little):
+        trial(make, lambda one, sample: one.choose(sample.request, sample.view))
 
 
 def check_decision(request: SchedulingRequest, view: FleetView, decision: Decision) -> None:

@@ -1,4 +1,4 @@
-"""What all checks share: calls that may not raise, growth of time, growth of state."""
+"""What all checks share: calls that may not raise, time and its growth, growth of state."""
 
 import gc
 import math
@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from omni_proxy.scheduling.policies import POLICIES
 from omni_proxy.scheduling.samples import Sample, frozen, large_sample, marks_of
 
 SAMPLES = 200
@@ -17,6 +18,8 @@ _MOST_GROWTH = 2 * _SIZES[1] / _SIZES[0]
 """In time, from the small fleet to the large one: linear with room for noise; a quadratic step makes it 64."""
 _CALLS = (16, 2)
 _ROUNDS, _FEWEST_TRIES, _MOST_TRIES = 5, 2, 6
+_MOST_CHOICES, _TURNS = 30, 20
+"""A call may take as long as so many choices by `cost`. What is shipped takes up to 5, all scorers together 10."""
 _SESSIONS = 800
 _MOST_BYTES_PER_CALL = 32
 """That may stay allocated after a call for a session not seen before. A table of sessions keeps over 100."""
@@ -49,6 +52,28 @@ def unharmed(sample: Sample, call: Callable[[], T]) -> T:
     if marks_of(sample.view) != before:
         fail("wrote to the view, which is everybody's")
     return answer
+
+
+def takes_little(make: Callable[[], T], call: Callable[[T, Sample], Any]) -> None:
+    """Nobody's tokens go out meanwhile, so waiting counts too: the time of single calls by the clock.
+
+    Those of `cost` are taken in turns with it, and of each the least counts: a slow machine slows both, and a busy one
+    would have to interrupt every call.
+    """
+    one, cost, sample = make(), POLICIES["cost"].build("cost"), large_sample(_SIZES[0])
+    least_s = cost_s = math.inf
+    for _ in range(_TURNS):
+        least_s = min(least_s, _clocked_s(lambda: call(one, sample)))
+        cost_s = min(cost_s, _clocked_s(lambda: cost.choose(sample.request, sample.view)))
+    if least_s > _MOST_CHOICES * cost_s:
+        times = f"{least_s / cost_s:.0f} times as long as the policy cost, more than {_MOST_CHOICES}"
+        fail(f"a call takes {least_s * 1e3:.1f} ms for {_SIZES[0]} workers, {times}: no token goes out meanwhile")
+
+
+def _clocked_s(call: Callable[[], Any]) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
 
 
 def grows_linearly(make: Callable[[], T], call: Callable[[T, Sample], Any]) -> None:
