@@ -52,7 +52,7 @@ def ways(request: SchedulingRequest, view: FleetView, of: CostParameters) -> Ite
         return request.slo.itl_ms is not None and bool(times.step_ms[row] > request.slo.itl_ms)
 
     for d in decodes:
-        known = wait(d) + then(d) + (BREAKS if breaks(d) or holds_up(request, view, d, of) else 0.0)
+        known = wait(d) + then(d) + BREAKS * (breaks(d) + holds_up(request, view, d, of))
         computing = float(times.prefill_ms[d])
         yield Way(None, d, known + computing, known, computing)
     for p, d in itertools.product(prefills, decodes):
@@ -210,6 +210,12 @@ TIGHT = Slo(itl_ms=15.0)
             {"slo": TIGHT},
             ("p", "e", Reason.DISAGGREGATED),
             id="the least where all break it",
+        ),
+        pytest.param(
+            [prefill(queue_ms=500), decode(step_ms=18)],
+            {"slo": TIGHT},
+            ("p", "d", Reason.DISAGGREGATED),
+            id="no prompt where steps are too long already",
         ),
         pytest.param(
             [prefill(), decode(seat_ms=400, queue_ms=500), decode("e", step_ms=30, queue_ms=500)],

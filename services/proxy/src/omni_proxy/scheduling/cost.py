@@ -7,8 +7,10 @@
 stick to theirs as far as it pays, and no further.
 
 Ways that would break the inter-token SLO, of this sequence or of those already running on the worker, are taken only
-where there is no other. Beside prefill workers, a decode worker computes a prompt only where it does not hold up the
-others there for longer than the SLO allows, and only once the times of prompts are learned rather than believed.
+where there is no other, and those that would break both last of all: a decode worker whose steps are too long is not
+given prompts that make them longer. Beside prefill workers, a decode worker computes a prompt only where it does not
+hold up the others there for longer than the SLO allows, and only once the times of prompts are learned rather than
+believed.
 
 Learned times are no more exact than `alike`. Steps that last longer than the shortest by no more than that share count
 as long as it. Of decode workers that differ from the cheapest in nothing but learned times, and there by no more than
@@ -98,9 +100,10 @@ class CostPolicy:
         """Costs, and the position of the worker that would be taken."""
         times, rows = view.times, seats.rows
         if times.confidence.max() < self._parameters.min_confidence:
-            penalty = np.full(len(rows), TIER)
+            stalls = np.ones(len(rows), np.bool_)
         else:
-            penalty = np.maximum(seats.penalty, np.where(self._stalls(request, view, rows), TIER, 0.0))
+            stalls = self._stalls(request, view, rows)
+        penalty = seats.penalty + TIER * stalls
         terms = {
             "queue_ms": times.queue_ms,
             "load_ms": view.load_ms,
