@@ -108,7 +108,8 @@ async def test_what_breaks_the_engine_at_one_sequence_leaves_the_others(hosted, 
         await client.submit(3, max_tokens=3)
         await client.until_finished(1, 2, 3)
         # Not rejected: the engine may have taken it, and its blocks are for no other worker then.
-        assert (client.finishes[2].reason, client.finishes[2].detail) == (engine_pb2.FINISH_REASON_ERROR, "engine_failed")
+        end = client.finishes[2]
+        assert (end.reason, end.detail) == (engine_pb2.FINISH_REASON_ERROR, "engine_failed")
         assert len(client.tokens[1]) == 100
         await worker.idle()
 
