@@ -287,10 +287,11 @@ async def test_a_stop_string_across_frames_is_cut_where_the_whole_text_is(start,
 
 @pytest.mark.parametrize("fleet", ["b", "p d"])
 async def test_answered_requests_leave_nothing_to_the_garbage_collector(start, fleet):
-    stack = await start(fleet)
+    stack = await start(fleet, {"output_format": "qwen3"})
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 
     async def ask() -> None:
-        assert (await stack.chat(stream=True)).status_code == (await stack.chat()).status_code == 200
+        assert (await stack.chat(stream=True)).status_code == (await stack.chat(tools=tools)).status_code == 200
         assert (await stack.chat(n=0)).status_code == 400
         await stack.until_settled()
 

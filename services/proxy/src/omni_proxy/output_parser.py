@@ -49,8 +49,9 @@ class Reading:
         return self.format.reasoning is not None or (self.with_calls and self.format.calls is not None)
 
 
-State = Callable[[str, Parts], str]
-"""Takes text, adds to the parts what it comes to, and returns what belongs to the next state."""
+State = Callable[["OutputParser", str, Parts], str]
+"""Takes text, adds to the parts what it comes to, and returns what belongs to the next state. A method, not bound: a
+parser that kept one bound to itself would be left to the garbage collector."""
 
 
 class OutputParser:
@@ -69,26 +70,27 @@ class OutputParser:
         self._space: str | None = None
         """White space since the last call; None where content has come, or no call."""
         reasoning = reading.format.reasoning
-        self._state: State = self._reasoning if reading.begins_inside else self._start if reasoning else self._content
+        first = OutputParser._start if reasoning else OutputParser._content
+        self._state: State = OutputParser._reasoning if reading.begins_inside else first
         self._lead = ""
 
     def push(self, text: str) -> Parts:
         parts = Parts()
         while text:
-            text = self._state(text, parts)
+            text = self._state(self, text, parts)
         return parts
 
     def flush(self) -> Parts:
         """What was held back: an unfinished block or mark."""
         parts, state = Parts(), self._state
         held = self._finder.flush() if self._finder is not None else ""
-        if state == self._reasoning:
+        if state is OutputParser._reasoning:
             parts.reasoning = held if self._shows_reasoning else ""
-        elif state == self._call and self._calls is not None:
+        elif state is OutputParser._call and self._calls is not None:
             parts.content = self._shown(self._calls.open + "".join(self._block) + held)
         else:
             parts.content = self._shown(self._lead + held)
-        self._lead, self._block, self._state = "", [], self._content
+        self._lead, self._block, self._state = "", [], OutputParser._content
         return parts
 
     def _start(self, text: str, parts: Parts) -> str:
@@ -99,13 +101,13 @@ class OutputParser:
         shown = seen.lstrip()
         if shown.startswith(mark):
             self._lead = ""
-            self._enter(self._reasoning)
+            self._enter(OutputParser._reasoning)
             return shown[len(mark) :]
         if mark.startswith(shown):
             self._lead = seen
             return ""
         self._lead = ""
-        self._enter(self._content)
+        self._enter(OutputParser._content)
         return seen
 
     def _reasoning(self, text: str, parts: Parts) -> str:
@@ -116,9 +118,9 @@ class OutputParser:
         if self._shows_reasoning:
             parts.reasoning += before
         if mark == reasoning.close:
-            self._enter(self._content)
+            self._enter(OutputParser._content)
         elif mark is not None:
-            self._enter(self._call)
+            self._enter(OutputParser._call)
         return rest
 
     def _content(self, text: str, parts: Parts) -> str:
@@ -128,7 +130,7 @@ class OutputParser:
         before, mark, rest = self._found([self._calls.open], text)
         parts.content += self._shown(before)
         if mark is not None:
-            self._enter(self._call)
+            self._enter(OutputParser._call)
         return rest
 
     def _call(self, text: str, parts: Parts) -> str:
@@ -138,7 +140,7 @@ class OutputParser:
         if mark is not None:
             self._close("".join(self._block), parts)
             self._block = []
-            self._enter(self._content)
+            self._enter(OutputParser._content)
         return rest
 
     def _close(self, body: str, parts: Parts) -> None:
