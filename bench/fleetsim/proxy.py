@@ -150,6 +150,7 @@ class Proxy:
             uncached_tokens=uncached,
             output_tokens=run.output_tokens,
             ttft_slo_ms=slo.ttft_ms,
+            itl_slo_ms=slo.itl_ms,
             prefill_ms=prefill_ms,
         )
         self._gate.enter(ticket, lambda: self._dispatch(run))

@@ -225,6 +225,30 @@ async def test_room_is_where_the_least_loaded_worker_is_soon_done(made: Fixture)
     assert room.room_in_ms(ticket) > 20.0, "both seats are taken and four wait"
 
 
+async def test_room_is_where_steps_stay_within_the_slo(made: Fixture) -> None:
+    """A step takes 10 ms and 2 more for each sequence: within 40 ms there is room for 13, sequences grow after all."""
+    room = FleetRoom(made.fleet, lookahead_ms=20.0)
+    made.put("p", Role.PREFILL)
+    decode, slot = made.put("d", Role.DECODE, max_num_seqs=64), made.fleet.columns.slot("d")
+    for batch in [1, 30, 7, 19] * 20:
+        made.fleet.times.saw_steps(slot, batch, 0, 0, 10.0 + 2.0 * batch)
+
+    def room_in_ms(running: int, itl_slo_ms: float | None, output_tokens: int = 100) -> float:
+        decode.load = Load(running=running)
+        return room.room_in_ms(Ticket("r", 0.0, 100.0, output_tokens=output_tokens, itl_slo_ms=itl_slo_ms))
+
+    assert [room_in_ms(running, 40.0) > 0 for running in (0, 12, 14, 40)] == [False, False, True, True]
+    assert room_in_ms(14, 40.0) < room_in_ms(20, 40.0) < room_in_ms(40, 40.0)
+    assert room_in_ms(20, 40.0, output_tokens=1000) > 5 * room_in_ms(20, 40.0), "the longer answers are, the later"
+    assert room_in_ms(40, None) == 0, "nothing was promised"
+    assert room_in_ms(40, 11.0) == 0, "not even one alone would keep it: holding the others helps nobody"
+    made.put("e", Role.DECODE, max_num_seqs=64)
+    assert room_in_ms(40, 40.0) == 0, "another has room"
+    made.fleet.drop("e")
+    with made.fleet.ledger.charge("p", (0, 0)), made.fleet.ledger.charge("p", (0, 0)):
+        assert room_in_ms(12, 40.0) > 0, "two are on their way from prefill"
+
+
 async def test_the_least_work_is_where_most_is_cached(made: Fixture) -> None:
     assert least_work(made.view(), 500) == (500, 0.0)
     made.put("d", Role.DECODE)

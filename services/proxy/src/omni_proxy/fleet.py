@@ -314,6 +314,12 @@ class Fleet:
         """Of decode workers that take work."""
         return self._takers().deciding
 
+    def coming(self) -> int:
+        """Sequences whose prompts are on workers that do not decode: a decode worker gets each."""
+        columns, takers = self.columns, self._takers()
+        apart = np.setdiff1d(takers.computing, takers.deciding, assume_unique=True)
+        return int(columns.own_prefills[apart].sum() + columns.others_prefills[apart].sum())
+
     def usable_block_sizes(self) -> Iterable[int]:
         """Of the workers that take work, each once."""
         return self._takers().by_block_size

@@ -122,6 +122,7 @@ class SequenceRun:
             output_tokens=course.output_tokens,
             size_bytes=_BYTES_PER_TOKEN * prompt_tokens,
             ttft_slo_ms=job.caller.slo.ttft_ms,
+            itl_slo_ms=job.caller.slo.itl_ms,
             prefill_ms=prefill_ms,
         )
         turn = await gate.turn(ticket)

@@ -1,6 +1,7 @@
 """Whether a request that waits in the proxy would be begun soon if it were sent: what flow control asks the fleet.
 
-There is room while some worker's predicted backlog ends within the look-ahead, and a decode worker has a seat. So
+There is room while some worker's predicted backlog ends within the look-ahead, and a decode worker has a seat and keeps
+the inter-token SLO with one more sequence. So
 engines' own queues stay as short as the look-ahead, and a request's turn, worker and company are decided as late as
 possible: at the predicted end of what the worker computes now. Prompts that together fill but a small part of a step
 need not wait for each other: engines compute them at once. A worker of a kind that nothing is known of gets one prompt,
@@ -45,13 +46,19 @@ class FleetRoom:
         return float(times.free_in_ms(slots, self._fleet.now()).min())
 
     def _seat_ms(self, ticket: Ticket, slots: Rows) -> float:
-        """Until a decode worker has a seat."""
+        """Until a decode worker has a seat, and keeps the SLO with one more sequence."""
         times, tokens = self._fleet.times, ticket.prompt_tokens + ticket.output_tokens
-        if times.have_seats(slots, tokens).any():
-            return 0.0
+        seats = slots[times.have_seats(slots, tokens)]
+        if len(seats):
+            return 0.0 if ticket.itl_slo_ms is None else self._pace_ms(ticket, ticket.itl_slo_ms, seats)
         uncached = np.full(len(slots), ticket.prompt_tokens)
         of = times.of(slots, self._fleet.now(), ticket.prompt_tokens, ticket.output_tokens, uncached)
         return float(of.seat_ms.min())
+
+    def _pace_ms(self, ticket: Ticket, itl_slo_ms: float, slots: Rows) -> float:
+        coming = self._fleet.coming() / len(slots)
+        pace_ms = self._fleet.times.pace_ms(slots, ticket.prompt_tokens, ticket.output_tokens, coming, itl_slo_ms)
+        return float(pace_ms.min())
 
 
 def least_work(view: FleetView, prompt_tokens: int) -> tuple[int, float]:

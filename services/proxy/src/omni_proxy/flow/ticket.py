@@ -28,6 +28,7 @@ class Ticket:
     size_bytes: int = 0
     """Of memory kept while it waits."""
     ttft_slo_ms: float | None = None
+    itl_slo_ms: float | None = None
     prefill_ms: float = 0.0
 
     @property

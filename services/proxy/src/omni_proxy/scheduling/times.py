@@ -24,6 +24,8 @@ _STEP_BACKGROUND = 0.1
 """Smoothing of the prompt tokens that a worker computes beside a decode step."""
 _IDLE_BACKGROUND = 0.5
 """What is left of it with each report of a worker that has nothing to do; these come once a second."""
+_PACE = 0.95
+"""Share of the inter-token SLO up to which a worker gets more sequences: those that run grow until they end."""
 _TELLS = frozenset({1, 8, 32, 128, 512})
 """Observations of a worker after which others of its kind hear of it."""
 _STRANGER_MS = 1000.0
@@ -225,6 +227,24 @@ class WorkerTimes:
         """Until each worker has room for one more sequence, where sequences end after `output_tokens` steps."""
         columns = self._columns
         return kernels.steps_to_seat(columns.ints, columns.kv_usage, self._limits, slots, tokens, output_tokens)
+
+    def pace_ms(self, slots: Rows, tokens: int, output_tokens: int, coming: float, itl_slo_ms: float) -> Floats:
+        """Until each worker keeps the SLO with one more sequence of so many prompt tokens; 0 where it does.
+
+        `coming`: sequences like it on their way to each. A worker without any, or one whose steps would break the SLO
+        for the sequence alone, is not waited for.
+        """
+        limit_ms = _PACE * itl_slo_ms
+        features = kernels.step_features(self._columns.ints, self._background, slots, tokens)
+        features[:, 1] += coming
+        features[:, 2] += coming * tokens / 1e3
+        alone = np.zeros_like(features)
+        alone[:, :3] = 1.0, 1.0, tokens / 1e3
+        step_ms, alone_ms = (self._step.milliseconds(self._step_rows[slots], f) for f in (features, alone))
+        is_late = (step_ms > limit_ms) & (alone_ms <= limit_ms) & (features[:, 1] > 1.0)
+        # So large a share of the others has to end, and one ends every (output tokens / others) steps.
+        share = np.minimum((step_ms - limit_ms) / np.maximum(step_ms - alone_ms, 1e-9), 1.0)
+        return np.where(is_late, share * output_tokens * step_ms, 0.0)
 
     def begins_in_a_step(self, slots: Rows, uncached_tokens: int, step_share: float) -> bool:
         """Some worker has no prompt ahead, or those ahead and this one fill but a share of one of its steps."""
