@@ -88,6 +88,7 @@ def tickets_of(waiting: int, tenants: int, now_s: float, rng: np.random.Generato
             output_tokens=128,
             size_bytes=65_536,
             ttft_slo_ms=float(rng.uniform(500, 60_000)),
+            itl_slo_ms=50.0,
             prefill_ms=float(rng.uniform(5, 400)),
         )
         for number in range(waiting)

@@ -134,6 +134,8 @@ class _Usable(NamedTuple):
     """Slots of those that compute prompts: prefill workers, or where there are none the decode workers."""
     deciding: Rows
     """Slots of decode workers."""
+    apart: Rows
+    """Slots of those that compute prompts and do not decode."""
     ids: tuple[str, ...]
     prefills: np.ndarray
     decodes: np.ndarray
@@ -316,8 +318,7 @@ class Fleet:
 
     def coming(self) -> int:
         """Sequences whose prompts are on workers that do not decode: a decode worker gets each."""
-        columns, takers = self.columns, self._takers()
-        apart = np.setdiff1d(takers.computing, takers.deciding, assume_unique=True)
+        columns, apart = self.columns, self._takers().apart
         return int(columns.own_prefills[apart].sum() + columns.others_prefills[apart].sum())
 
     def usable_block_sizes(self) -> Iterable[int]:
@@ -357,6 +358,7 @@ class Fleet:
             slots=slots,
             computing=slots[prefills] if prefills.any() else slots[decodes],
             deciding=slots[decodes],
+            apart=slots[prefills & ~decodes],
             ids=tuple(w.id for w in workers),
             prefills=prefills,
             decodes=decodes,

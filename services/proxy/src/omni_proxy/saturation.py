@@ -3,8 +3,8 @@
     prefill  predicted backlog of the mean worker / what a first token may take
     decode   the largest of: seats taken, KV blocks taken, predicted step / inter-token SLO; of the mean worker
 
-What waits in the proxy counts as prefill's backlog, even where decode's steps are the bound that holds it: then decode is
-at 0.95 or more. Workers of both roles count in both.
+What waits in the proxy counts as prefill's backlog, even where decode's steps are the bound that holds it: then decode
+is at 0.95 or more. Workers of both roles count in both.
 """
 
 from collections.abc import Callable, Mapping
