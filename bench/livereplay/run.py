@@ -2,10 +2,11 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from sidebyside import cores
 
 from livereplay.client import Answer, Order, body_of, replay
 from livereplay.figures import Point, Promise, Samples, point_of
@@ -90,7 +91,7 @@ class Results:
 def run(wishes: Wishes, beside: Engines, folder: Path, say: Say) -> Results:
     """Raises Broken where a proxy or too many requests failed."""
     results = Results()
-    with _on(beside.cores):
+    with cores.on(beside.cores):
         _warm(wishes, beside, folder, say)
         results.knee = wishes.knee or _find_knee(wishes, beside, folder, results, say)
         for repeat in range(wishes.repeats):
@@ -183,14 +184,3 @@ def one_line(point: Point) -> str:
         f"kept {point.kept:.0%}, failed {point.failed}, TTFT {point.ttft_p50_ms:.0f} / {point.ttft_p90_ms:.0f} ms, "
         f"ITL {point.itl_mean_ms:.1f} / {point.itl_p99_ms:.0f} ms, hits {point.hit_rate:.0%}, errors {errors}"
     )
-
-
-@contextmanager
-def _on(cores: frozenset[int]) -> Iterator[None]:
-    """This process, the load, runs there; what it starts meanwhile, too."""
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)

@@ -1,14 +1,12 @@
 """What the machine's caches hold after a while: the price of every line of memory that a request comes back to."""
 
-import os
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from sidebyside import cores
 
 LINE_BYTES = 64
 HELD_BYTES = 512 * 1024
@@ -22,7 +20,7 @@ def line_ns(core: int, gap_ms: float, reads: int) -> float:
     Lines are visited in random order, each read naming the next, so that nothing is fetched ahead.
     """
     chain = _chain(HELD_BYTES // LINE_BYTES)
-    with _on(core):
+    with cores.on({core}):
         return statistics.median(_again_ns(chain, gap_ms / 1e3) for _ in range(reads))
 
 
@@ -49,13 +47,3 @@ def _visit(chain: NDArray[np.int64]) -> int:
     for _ in range(len(chain) // _WORDS_PER_LINE):
         at = chain[at]
     return at
-
-
-@contextmanager
-def _on(core: int) -> Iterator[None]:
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)

@@ -81,8 +81,8 @@ def latency_rows(results: Results) -> Rows:
 
 def gap_rows(results: Results) -> Rows:
     ways = [way for way in WAYS if way != "direct"]
-    head = ("mean gap, ms", *(f"TTFT {WAYS[way]}, ms" for way in WAYS), *(f"CPU {WAYS[way]}, ms" for way in ways))
-    rows: Rows = [(*head, "cache line read again, ns")]
+    titles = (*(f"TTFT {WAYS[way]}, ms" for way in WAYS), *(f"CPU {WAYS[way]}, ms" for way in ways))
+    rows: Rows = [("mean gap, ms", *titles, "cache line read again, ns")]
     for gap_ms, taken in results.gaps.items():
         ttft = [f"{median(taken[way], lambda p: p.ttft_ms['p50']):.2f}" for way in WAYS]
         cpu = [f"{median(taken[way], lambda p: p.server_us_per_token) / 1e3:.2f}" for way in ways]

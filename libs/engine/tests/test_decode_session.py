@@ -71,25 +71,16 @@ async def test_failed_pull_is_told(hosted):
         assert decode.registry.get_sample_value("omni_worker_fallbacks_total") == 1
 
 
-async def test_abort_frees_and_silences(hosted):
+@pytest.mark.parametrize("stream_ids", [[1, 77], [1, 1]], ids=["one is not there", "named twice"])
+async def test_abort_frees_and_silences(hosted, stream_ids):
     async with hosted() as worker, session(worker) as client:
         await client.submit(1, max_tokens=5000)
         await client.read()
-        await client.send(abort=wire.Abort(stream_ids=[1, 77]))
+        await client.send(abort=wire.Abort(stream_ids=stream_ids))
         await worker.idle()
         await client.submit(2, max_tokens=3)
         await client.until_finished(2)
         assert 1 not in client.finishes
-
-
-async def test_a_sequence_named_twice_in_an_abort_ends_once(hosted):
-    async with hosted() as worker, session(worker) as client:
-        await client.submit(1, max_tokens=5000)
-        await client.read()
-        await client.send(abort=wire.Abort(stream_ids=[1, 1]))
-        await worker.idle()
-        await client.submit(2, max_tokens=3)
-        await client.until_finished(2)
 
 
 async def test_what_breaks_the_engine_at_one_sequence_leaves_the_others(hosted, monkeypatch):

@@ -7,6 +7,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omni_common.errors import Unavailable
+from omni_proxy.answering import send_whole
 from omni_proxy.openai_errors import error_body, error_event, error_headers, status_of
 
 _LAST_WORD_S = 1.0
@@ -73,9 +74,7 @@ class _Answer:
         if self._has_ended:
             return
         if not self._has_started:
-            headers = [(name.encode(), value.encode()) for name, value in error_headers(_SHUTTING_DOWN).items()]
-            status = status_of(_SHUTTING_DOWN)
-            await self._send({"type": "http.response.start", "status": status, "headers": headers})
-            await self._send({"type": "http.response.body", "body": orjson.dumps(error_body(_SHUTTING_DOWN))})
+            body = orjson.dumps(error_body(_SHUTTING_DOWN))
+            await send_whole(self._send, status_of(_SHUTTING_DOWN), error_headers(_SHUTTING_DOWN), body)
         elif self._is_stream:
             await self._send({"type": "http.response.body", "body": error_event(_SHUTTING_DOWN)})

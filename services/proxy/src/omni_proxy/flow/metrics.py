@@ -52,16 +52,12 @@ class FlowMetrics:
         """Read all when asked for; `bands` gives requests and tenants by the name of a band."""
         self._waiting.clear()
         self._tenants.clear()
-        self._readings.use(lambda: self._read(saturation, size_bytes, bands))
 
-    def _read(
-        self,
-        saturation: Callable[[], float],
-        size_bytes: Callable[[], float],
-        bands: dict[str, tuple[Callable[[], float], Callable[[], float]]],
-    ) -> None:
-        self._saturation.set(saturation())
-        self._bytes.set(size_bytes())
-        for name, (requests, tenants) in bands.items():
-            self._waiting.labels(name).set(requests())
-            self._tenants.labels(name).set(tenants())
+        def read() -> None:
+            self._saturation.set(saturation())
+            self._bytes.set(size_bytes())
+            for name, (requests, tenants) in bands.items():
+                self._waiting.labels(name).set(requests())
+                self._tenants.labels(name).set(tenants())
+
+        self._readings.use(read)
