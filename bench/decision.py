@@ -21,7 +21,7 @@ from sidebyside.machine import machine
 from sidebyside.tables import Block, markdown, show
 
 from omni_common.prefix_index import HBM, PrefixIndex, warm_up
-from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
+from omni_proxy.fleet import Fleet
 from omni_proxy.flow.queue import FlowQueue
 from omni_proxy.flow.settings import FlowSettings
 from omni_proxy.flow.ticket import Ticket
@@ -32,6 +32,7 @@ from omni_proxy.scheduling.forecast import LoadCost
 from omni_proxy.scheduling.policies import POLICIES, policy_of
 from omni_proxy.scheduling.request import SchedulingRequest, Slo
 from omni_proxy.scheduling.times import prompt_features
+from omni_proxy.worker import Load, Member, Role, Worker
 
 MODEL, BLOCK = "m", 16
 _TENANTS = 20
@@ -148,7 +149,8 @@ def queued(each: int, prompt_blocks: int, waiting: int, repeats: int, *, whole: 
         found = fleet.forecast(lambda size: keys)
         decision = chooser.choose(request, fleet.view(found, tokens, 128))
         if whole:
-            later = replace(request, may_prefill=False, kv_connector="c", held_by=decision.prefill)
+            kind = fleet.members[0].worker.kv_kind
+            later = replace(request, may_prefill=False, kv_connector=kind, held_by=decision.prefill)
             chooser.choose(later, fleet.view(found, tokens, 128))
 
     def once_more() -> None:

@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from sidebyside.tables import markdown, show
 from tracereplay.replay import Scene
-from tracereplay.results import HEAD, Result, Source, as_json, cases_of, goals, markdown, rows, run
+from tracereplay.results import Source, as_json, block_of, cases_of, goals, run
 from tracereplay.trace import BLOCK_TOKENS, Request, best_hit_rate
 from tracereplay.worker import TimeModel
 
@@ -43,21 +43,6 @@ def notes_of(requests: list[Request], scene: Scene, seeds: int) -> list[str]:
         "all variants choose by the proxy's rule for prefill (least uncached tokens) and see the same account of load; "
         "'own routing history' is given the true size of every cache, which a proxy does not know",
     ]
-
-
-def show(results: list[Result], notes: list[str], console: Console) -> None:
-    table = Table(title="Hit rate of prompt tokens by what the router knows (simulated)")
-    for title in HEAD:
-        table.add_column(title, justify="left" if title in HEAD[:2] else "right")
-    previous = ""
-    for case, *cells in rows(results):
-        if previous and case != previous:
-            table.add_section()
-        table.add_row(case if case != previous else "", *cells)
-        previous = case
-    console.print(table)
-    for line in [*goals(results), *notes]:
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
 
 
 def main(
@@ -87,13 +72,13 @@ def main(
     count = seeds or (2 if quick else 8)
     results = run(source, cases_of(scene, sizes, None if quick else sizes[len(sizes) // 2]), count, jobs)
     notes = notes_of(source.read(), scene, count)
-    console = Console()
-    show(results, notes, Console(width=max(console.width, 130)))
+    block, lines, console = block_of(results), [*goals(results), *notes], Console()
+    show([block], lines, Console(width=max(console.width, 130)))
     console.print(f"took {time.perf_counter() - began_s:.0f} s", highlight=False)
     if json_file:
         json_file.write_text(json.dumps({"notes": notes, "results": as_json(results)}, indent=1) + "\n")
     if markdown_file:
-        markdown_file.write_text(markdown(results, notes))
+        markdown_file.write_text(markdown([block], lines))
 
 
 if __name__ == "__main__":

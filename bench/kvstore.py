@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from prefixindex import kvprocess, redisserver, sections
 from prefixindex.goals import goals_of
 from prefixindex.others import Others
+from prefixindex.redisserver import NoRedis
 from prefixindex.report import blocks_of, last_lines
 from prefixindex.sections import FULL, QUICK, SECTIONS, Run, Sizes
 from rich.console import Console
+from sidebyside.child import Broken
 from sidebyside.machine import machine
 from sidebyside.tables import markdown, show
 
@@ -68,7 +69,7 @@ def main(
             others = Others()
             results[name] = SECTIONS[name](run)
             foreign[name] = others.share()
-    except (kvprocess.Broken, sections.Broken, redisserver.NoRedis) as error:
+    except (Broken, NoRedis) as error:
         log.print(f"[red]failed:[/red] {error}", highlight=False)
         raise typer.Exit(1) from None
     console = Console()

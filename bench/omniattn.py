@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+from sidebyside.child import Child
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "tiny-moe"
@@ -29,32 +29,11 @@ SPARSE = "full,1+3,1+3,1+3"
 sys.path.insert(0, str(ROOT / "models" / "recipe"))
 
 
-class Engine:
+def engine_of(settings: dict[str, Any]) -> Child:
     """A measured engine in a process of its own."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-m", "omniattnbench.engine"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=environment,
-        )  # fmt: skip
-        self.ask(settings)
-
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+    started = Child("omniattnbench.engine")
+    started.ask(settings)
+    return started
 
 
 def two_cores() -> str:
@@ -88,7 +67,7 @@ def speed(contexts: list[int], streams: int, rounds: int, steps: int, cores: str
 
     pattern = Pattern("tiny-moe", BLOCK, 512, layers_of(sparse))
     engines = {
-        name: Engine(settings_of(contexts, streams, cores, p)) for name, p in [("full", None), ("sparse", pattern)]
+        name: engine_of(settings_of(contexts, streams, cores, p)) for name, p in [("full", None), ("sparse", pattern)]
     }
     rows = []
     for context in contexts:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from placementday.report import HEAD, as_json, draw, markdown, rows, verdicts
+from placementday.report import as_json, block_of, draw, verdicts
 from placementday.runs import TITLES, Scene, run
 from placementday.traffic import CLASSES, Day
 from rich.console import Console
-from rich.table import Table
 from sidebyside.machine import machine
+from sidebyside.tables import markdown, show
 
 from omni_placement.economy import Costs
 from omni_placement.layout import Topology
@@ -76,20 +76,13 @@ def main(
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(TITLES)}")
     names = [name for name in TITLES if name in {*names, "service", "oracle"}]
     outcomes = run(scene, names, jobs)
-    scale, notes = LAYERS / count, notes_of(scene, time.perf_counter() - began_s)
-    console = Console()
-    table = Table(title="A simulated day by who decides when to move experts")
-    for title in HEAD:
-        table.add_column(title, justify="left" if title == HEAD[0] else "right")
-    for line in rows(outcomes, scale):
-        table.add_row(*line)
-    Console(width=max(console.width, 150)).print(table)
-    for note in [*verdicts(outcomes), *notes]:
-        console.print(f"- {note}", highlight=False, soft_wrap=True)
+    block, notes = block_of(outcomes, LAYERS / count), notes_of(scene, time.perf_counter() - began_s)
+    lines = [*verdicts(outcomes), *notes]
+    show([block], lines, Console(width=max(Console().width, 150)))
     if json_file:
         json_file.write_text(json.dumps({"notes": notes, "layers": count, "systems": as_json(outcomes)}) + "\n")
     if markdown_file:
-        markdown_file.write_text(markdown(outcomes, scale, notes))
+        markdown_file.write_text(markdown([block], lines))
     if plot:
         draw(plot, outcomes)
 

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from sidebyside.child import Child
 from sidebyside.machine import machine
 from sidebyside.tables import Block, markdown
 
@@ -83,12 +84,8 @@ class Engine:
 
     def __init__(self, folder: Path, weights: str, drafter: str, core: str) -> None:
         self.folder, self.weights, self.drafter = folder, weights, drafter
-        command = [sys.executable, "-m", "quantizationbench.engine"]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=environment,
-        )  # fmt: skip
+        self._child = Child("quantizationbench.engine")
+        self.close = self._child.close
         settings: dict[str, Any] = {
             "cores": core, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16,
             "kv_cache_gib": 0.25, "kv_connector": "", "kv_events": False, "speculative": drafter or None,
@@ -96,28 +93,10 @@ class Engine:
         self._started = {"folder": str(folder), "recipe": str(RECIPE), "settings": settings}
 
     def start(self) -> None:
-        self._say(self._started)
+        self._child.ask(self._started)
 
     def ask(self, call: str, **arguments: Any) -> dict[str, Any]:
-        return self._say({"call": call, **arguments})
-
-    def _say(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine of {self.folder.name} {self.drafter} ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        return self._child.ask({"call": call, **arguments})
 
 
 @contextmanager

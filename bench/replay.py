@@ -17,13 +17,14 @@ from typing import Annotated
 
 import typer
 from livereplay.figures import Promise
-from livereplay.processes import Broken, Shape, engines
-from livereplay.report import HEAD, as_json, markdown, order_of, rows, simulated_goodputs, title_of
+from livereplay.processes import Shape, engines
+from livereplay.report import as_json, blocks_of, order_of, simulated_goodputs
 from livereplay.run import ATTAINED, WARM, Results, System, Wishes, run, system_of
 from livereplay.workload import Workload, read_workload
 from rich.console import Console
-from rich.table import Table
+from sidebyside.child import Broken
 from sidebyside.machine import machine
+from sidebyside.tables import markdown, show
 from tracereplay.trace import BLOCK_TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,18 +77,6 @@ def compared(results: Results, simulated: Path, shape: Shape) -> list[str]:
         live = {name: [point.goodput for point in points] for name, points in by_system.items()}
         lines += [f"{level} (simulated: {title}): {line}" for line in order_of(live, goodputs).lines]
     return lines
-
-
-def show(results: Results, notes: list[str], console: Console) -> None:
-    for level, by_system in results.points.items():
-        table = Table(title=title_of(level, by_system))
-        for index, title in enumerate(HEAD):
-            table.add_column(title, justify="right" if index else "left")
-        for cells in rows(by_system):
-            table.add_row(*cells)
-        console.print(table)
-    for line in notes:
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
 
 
 def levels_of(names: str) -> dict[str, float]:
@@ -165,11 +154,12 @@ def main(
     notes = notes_of(wishes, results, divisor)
     if simulated is not None:
         notes = [*compared(results, simulated, shape), *notes]
-    show(results, notes, Console(width=max(console.width, 150)))
+    blocks = blocks_of(results)
+    show(blocks, notes, Console(width=max(console.width, 150)))
     if json_file:
         json_file.write_text(json.dumps({"notes": notes} | as_json(results), indent=1) + "\n")
     if markdown_file:
-        markdown_file.write_text(markdown(results, notes))
+        markdown_file.write_text(markdown(blocks, notes))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from fleetsim.bounds import most_kept, unreachable
 from fleetsim.compare import ATTAINED, KNEE_SYSTEMS, Runner, served_speed
 from fleetsim.constants import DECODE, PREFILL
 from fleetsim.plot import svg
-from fleetsim.report import HEAD, Fleet, as_json, goals, markdown, rivals, rows, title_of
+from fleetsim.report import Fleet, as_json, blocks_of, goals, rivals
 from fleetsim.simulation import Scene
 from fleetsim.slo import PROMISES
 from fleetsim.systems import SYSTEMS
 from rich.console import Console
-from rich.table import Table
+from sidebyside.tables import markdown, show
 from tracereplay.trace import Request, read_trace
 
 LEVELS = {"below": 0.8, "knee": 1.0, "above": 1.25}
@@ -114,19 +114,6 @@ def levels_of(plan: Plan, runner: Runner, scene: Scene) -> dict[str, float]:
     return {title: factor * knee for title, factor in LEVELS.items()}
 
 
-def show(fleets: list[Fleet], notes: list[str], console: Console) -> None:
-    for fleet in fleets:
-        for level in fleet.levels:
-            table = Table(title=title_of(fleet, level))
-            for index, title in enumerate(HEAD):
-                table.add_column(title, justify="right" if 0 < index < len(HEAD) - 1 else "left")
-            for cells in rows(level):
-                table.add_row(*cells)
-            console.print(table)
-    for line in [*(line for fleet in fleets for line in goals(fleet)), *notes]:
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
-
-
 def main(
     trace: Annotated[Path, typer.Option(help="Trace in Mooncake's format, JSON lines", exists=True, dir_okay=False)],
     quick: Annotated[bool, typer.Option(help=f"{QUICK_REQUESTS} requests, few systems, one fleet, one seed")] = False,
@@ -166,12 +153,12 @@ def main(
     machine = f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
     took = f"took {time.perf_counter() - began_s:.0f} s in {jobs} processes on {machine}"
     notes = [*notes_of(source, scene, count, bool(given)), took]
-    console = Console()
-    show(results, notes, Console(width=max(console.width, 220)))
+    blocks, lines = blocks_of(results), [*(line for fleet in results for line in goals(fleet)), *notes]
+    show(blocks, lines, Console(width=max(Console().width, 220)))
     if json_file:
         json_file.write_text(json.dumps({"notes": notes, "fleets": as_json(results)}, indent=1) + "\n")
     if markdown_file:
-        markdown_file.write_text(markdown(results, notes))
+        markdown_file.write_text(markdown(blocks, lines))
     if plot_file:
         plot_file.write_text(svg(results))
 

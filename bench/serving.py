@@ -15,12 +15,13 @@ from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
+from sidebyside.child import Broken
 from sidebyside.machine import machine
 from sidebyside.measure import Load
-from sidebyside.processes import Broken
-from sidebyside.report import as_json, markdown, show
+from sidebyside.report import as_json, block_of
 from sidebyside.run import Wishes, run
 from sidebyside.systems import SYSTEMS, EngineSettings, Placement
+from sidebyside.tables import markdown, show
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAMS = (1, 8, 32)
@@ -78,11 +79,12 @@ def main(
     except Broken as error:
         console.print(f"[red]failed:[/red] {error}", highlight=False)
         raise typer.Exit(1) from None
-    show(results, loads, Console(width=max(console.width, 120)))
+    block = block_of(results, loads)
+    show([block], (), Console(width=max(console.width, 120)))
     if json_file:
         json_file.write_text(json.dumps({"machine": facts} | as_json(results, loads), indent=1) + "\n")
     if markdown_file:
-        markdown_file.write_text(markdown(results, loads))
+        markdown_file.write_text(markdown([block], ()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import asyncio
 import json
 import random
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +35,9 @@ from tracereplay.trace import BLOCK_TOKENS, Request
 ROOT = Path(__file__).resolve().parents[1]
 QUIET, FLOOD = ("quiet-a", "quiet-b"), "flood"
 OUTPUT_TOKENS = 8
-PREFILL_MS = 4.0, 0.2
-"""Of a prompt on an engine process: base, and per token. So slow that not this machine's cores are the limit."""
+PREFILL_MS = 8.0, 0.4
+"""Of a prompt on an engine process: base, and per token. So slow that the limit is neither the machine's cores nor the
+proxy's: what waits for its core waits before the queue that treats tenants fairly."""
 GOAL = 1.3
 
 
@@ -81,7 +83,8 @@ class Scene:
 class Row:
     """Milliseconds to the first token of both quiet tenants; what became of the flood.
 
-    `p99_by_round_ms` shows a round in which the machine did something else; empty on the virtual clock.
+    `p99_by_round_ms` shows a round in which the machine did something else, `proxy_core` the share of a core that the
+    proxy's event loop took; both are empty on the virtual clock.
     """
 
     fleet: str
@@ -93,6 +96,7 @@ class Row:
     flood: int
     flood_refused: int
     p99_by_round_ms: tuple[float, ...] = ()
+    proxy_core: tuple[float, ...] = ()
 
 
 def orders_of(scene: Scene, tenant: str, per_s: float, seed: str) -> list[Order]:
@@ -117,15 +121,35 @@ async def ask(at: Proxy, orders: Sequence[Order]) -> list[tuple[str, Answer]]:
     return [(order.headers["x-omni-tenant"], answer) for order, answer in zip(ordered, answers, strict=True)]
 
 
-def row_of(fleet: str, name: str, rounds: Sequence[Sequence[tuple[str, Answer]]]) -> Row:
-    answered = [each for answers in rounds for each in answers]
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Answers with their tenants; the share of a core that the proxy's event loop took meanwhile."""
+
+    answers: Sequence[tuple[str, Answer]]
+    proxy_core: float
+
+
+def round_of(at: Proxy, orders: Sequence[Order]) -> Round:
+    began_s, before_s = time.monotonic(), busy_s(at)
+    answers = asyncio.run(ask(at, orders))
+    return Round(answers, (busy_s(at) - before_s) / (time.monotonic() - began_s))
+
+
+def busy_s(at: Proxy) -> float:
+    return at.samples()["omni_proxy_event_loop_busy_seconds_total", ()]
+
+
+def row_of(fleet: str, name: str, rounds: Sequence[Round]) -> Row:
+    answered = [each for one in rounds for each in one.answers]
     quiet = [answer for tenant, answer in answered if tenant != FLOOD]
     flood = [answer for tenant, answer in answered if tenant == FLOOD]
     taken = latency_of(ttfts_s(answered))
     failed = sum(bool(answer.error) for answer in quiet)
     refused = sum(bool(answer.error) for answer in flood)
-    by_round = tuple(latency_of(ttfts_s(answers)).p99_us / 1e3 for answers in rounds)
-    return Row(fleet, name, taken.p50_us / 1e3, taken.p99_us / 1e3, len(quiet), failed, len(flood), refused, by_round)
+    by_round = tuple(latency_of(ttfts_s(one.answers)).p99_us / 1e3 for one in rounds)
+    p50_ms, p99_ms = taken.p50_us / 1e3, taken.p99_us / 1e3
+    cores = tuple(one.proxy_core for one in rounds)
+    return Row(fleet, name, p50_ms, p99_ms, len(quiet), failed, len(flood), refused, by_round, cores)
 
 
 def ttfts_s(answered: Sequence[tuple[str, Answer]]) -> list[float]:
@@ -138,7 +162,7 @@ def measured(scene: Scene, say: Console) -> list[Row]:
     times = {"prefill_base_ms": PREFILL_MS[0], "prefill_token_ms": PREFILL_MS[1]}
     model = ROOT / "models" / "tiny-moe"
     shape = Shape(model, scene.prefill, scene.decode, 16, 4096, 0.0, 0.0, engine="sim", sim=times)
-    rounds: dict[str, list[list[tuple[str, Answer]]]] = {name: [] for name in CASES}
+    rounds: dict[str, list[Round]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory(prefix="omni-bench-tenants-") as folder, engines(shape, Path(folder)) as stack:
         for repeat in range(scene.repeats):
             for name, case in CASES.items():
@@ -154,9 +178,9 @@ def measured(scene: Scene, say: Console) -> list[Row]:
                         # Of a tenant of its own: what one has had counts against it.
                         before = orders_of(scene, "warm", 4.0, f"warm{repeat}{name}")
                         asyncio.run(ask(at, [replace(order, at_s=order.at_s / 10) for order in before]))
-                    rounds[name].append(asyncio.run(ask(at, orders)))
+                    rounds[name].append(round_of(at, orders))
     fleet = f"{shape.title}, processes"
-    return [row_of(fleet, name, answers) for name, answers in rounds.items()]
+    return [row_of(fleet, name, of_name) for name, of_name in rounds.items()]
 
 
 def foreseen(scene: Scene) -> list[Row]:
@@ -201,9 +225,13 @@ def notes_of(scene: Scene, rows: Sequence[Row]) -> list[str]:
         if CASES[name].is_flooded and CASES[name].fairness != "none"
     ]
     by_round = [
-        f"{row.fleet}, {row.name}: p99 by round " + ", ".join(f"{p99_ms:.0f}" for p99_ms in row.p99_by_round_ms) + " ms"
+        f"{row.fleet}, {row.name}: p99 by round "
+        + ", ".join(f"{p99_ms:.0f}" for p99_ms in row.p99_by_round_ms)
+        + " ms; the proxy took "
+        + ", ".join(f"{share:.0%}" for share in row.proxy_core)
+        + " of a core"
         for row in rows
-        if len(row.p99_by_round_ms) > 1
+        if row.proxy_core
     ]
     return [
         *verdicts,

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
+from tracereplay.clock import Clock
 from tracereplay.trace import BLOCK_TOKENS
 
-from fleetsim.clock import Clock
 from fleetsim.constants import EngineModel
 from fleetsim.leg import Leg, Plan, Stats
 from omni_engine.ports import BlockEvent
@@ -212,7 +212,6 @@ class Engine:
     def _pulled(self, leg: Leg) -> None:
         self._pulling -= 1
         leg.computed = leg.prompt_tokens
-        leg.pulled_s = self._clock.now_s
         self._name(leg)
         if leg.on_pulled is not None:
             leg.on_pulled(leg)

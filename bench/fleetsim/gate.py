@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry
+from tracereplay.clock import Clock
 
-from fleetsim.clock import Clock
 from omni_proxy.fleet import Fleet
 from omni_proxy.flow.gate import FlowGate
 from omni_proxy.flow.metrics import FlowMetrics

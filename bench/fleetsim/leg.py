@@ -28,7 +28,6 @@ class Leg:
     arrived_s: float = 0.0
     scheduled_s: float = 0.0
     first_s: float = 0.0
-    pulled_s: float = 0.0
     ended_s: float = 0.0
     transfer_s: float = 0.0
     first_step: int = 0

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sidebyside.ranks import quantile
+
 from fleetsim.record import Guess, Served, weighted_quantile
 from fleetsim.simulation import Run
 from fleetsim.slo import PROMISES, Promise
@@ -105,7 +107,3 @@ def _cause(one: Served, promise: Promise) -> str:
 def errors_of(guesses: Iterable[Guess | None]) -> Errors:
     errors = sorted(guess.error for guess in guesses if guess is not None)
     return Errors(quantile(errors, 0.5), quantile(errors, 0.9), len(errors)) if errors else Errors()
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

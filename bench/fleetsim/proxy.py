@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tracereplay.clock import Clock
 from tracereplay.trace import BLOCK_TOKENS, Request, reusable
 
-from fleetsim.clock import Clock
 from fleetsim.constants import PREFILL
 from fleetsim.gate import Gate
 from fleetsim.knowledge import NO_OTHER_TIERS, Knowledge
@@ -18,8 +18,7 @@ from fleetsim.record import Guess, Served
 from fleetsim.systems import System
 from fleetsim.worker import Network, Worker
 from omni_engine.ports import BlockEvent
-from omni_proxy.fleet import Fleet, Load, Member
-from omni_proxy.fleet import Worker as Known
+from omni_proxy.fleet import Fleet
 from omni_proxy.flow.ticket import Ticket
 from omni_proxy.foresight import Computing, Foresight
 from omni_proxy.ledger import Charge
@@ -28,6 +27,8 @@ from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.request import SchedulingRequest, Slo
 from omni_proxy.scheduling.times import WorkerTimes
 from omni_proxy.sequence import OutputLengths
+from omni_proxy.worker import Load, Member
+from omni_proxy.worker import Worker as Known
 
 MODEL, CONNECTOR = "m", "sim"
 _NO_LIMIT = 1 << 30
@@ -232,7 +233,8 @@ class Proxy:
         assert holder is not None
         if self._system.binds_late:
             # The blocks are where they are: what the caches hold is not looked up again.
-            wish = replace(self._wish(run, 1), may_prefill=False, kv_connector=CONNECTOR, held_by=holder)
+            kind = self._members[holder].worker.kv_kind
+            wish = replace(self._wish(run, 1), may_prefill=False, kv_connector=kind, held_by=holder)
             decision = self._decide(run, wish, afresh=False)
         target, predicted = decision.decode, decision.prediction
         charge = self.fleet.ledger.charge(target, None, max(1, run.output_tokens - 1))

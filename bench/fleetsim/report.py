@@ -1,8 +1,10 @@
-"""Says what came out: tables, goals, Markdown, JSON, a drawing."""
+"""Says what came out: tables, goals, JSON."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+
+from sidebyside.tables import Block
 
 from fleetsim.compare import ATTAINED, Level, served_speed
 from fleetsim.outcome import Outcome
@@ -49,7 +51,7 @@ class Fleet:
         return rate * served_speed(self.speeds, self.sweep[system])
 
 
-def rows(level: Level) -> list[tuple[str, ...]]:
+def _rows(level: Level) -> list[tuple[str, ...]]:
     """Best goodput first."""
     promise = level.scene.promise.name
     order = sorted(level.outcomes, key=lambda s: -level.median(s, lambda o: o.goodput(promise)))
@@ -142,24 +144,18 @@ def _goal(is_met: bool, text: str) -> str:
     return f"{'met' if is_met else 'NOT met'}: {text}"
 
 
-def title_of(fleet: Fleet, level: Level) -> str:
+def blocks_of(fleets: Sequence[Fleet]) -> list[Block]:
+    """A table per fleet and level."""
+    return [Block(_title(fleet, level), HEAD, _rows(level)) for fleet in fleets for level in fleet.levels]
+
+
+def _title(fleet: Fleet, level: Level) -> str:
     bound = fleet.bounds[level.title]
     rate = next(iter(level.outcomes.values()))[0].offered_per_s
     return (
         f"{fleet.title}, {level.title}: {rate:.2f} requests/s (trace x{level.speed:.2f}); out of reach "
         f"{bound['unreachable']:.1%}, at most kept {bound['prefill']:.1%} with prefill workers alone"
     )
-
-
-def markdown(fleets: Sequence[Fleet], notes: Sequence[str]) -> str:
-    lines: list[str] = []
-    for fleet in fleets:
-        for level in fleet.levels:
-            lines += [f"### {title_of(fleet, level)}", ""]
-            lines += [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows(level))]
-            lines.append("")
-    lines += [f"- {line}" for fleet in fleets for line in goals(fleet)]
-    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
 
 
 def as_json(fleets: Sequence[Fleet]) -> list[dict[str, object]]:

@@ -4,16 +4,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tracereplay.clock import Clock
 from tracereplay.trace import Request
 
-from fleetsim.clock import Clock
 from fleetsim.constants import DECODE, PREFILL, EngineModel
 from fleetsim.proxy import Proxy
 from fleetsim.record import Served
 from fleetsim.slo import FIXED, Promise
 from fleetsim.systems import System
 from fleetsim.worker import Network, Worker
-from omni_proxy.fleet import Role
+from omni_proxy.worker import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,6 @@ class Run:
     served: Sequence[Served]
     prefills: int
     """So many of the workers, the first ones, are for prefill."""
-    span_s: float
-    """From the first arrival to the last end."""
     arriving_s: float
     busy: Sequence[float]
     """Share of the arriving time that each worker computed."""
@@ -80,7 +78,6 @@ def simulate(scene: Scene, system: System, requests: Sequence[Request]) -> Run:
     return Run(
         served=served,
         prefills=scene.prefills,
-        span_s=max(one.ended_s for one in served),
         arriving_s=last_s,
         busy=[worker.engine.worked_s / last_s if last_s else 0.0 for worker in workers],
         leaked_blocks=sum(worker.model.num_blocks - worker.engine.pool.num_available for worker in workers),

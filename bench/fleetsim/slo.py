@@ -26,11 +26,8 @@ class Promise:
     def first_kept(self, served: Served) -> bool:
         return served.ttft_s <= self.ttft_of(served.unloaded_s)
 
-    def gaps_kept(self, served: Served) -> bool:
-        return served.itl_s <= self.itl_s
-
     def kept(self, served: Served) -> bool:
-        return self.first_kept(served) and self.gaps_kept(served)
+        return self.first_kept(served) and served.itl_s <= self.itl_s
 
 
 FIXED = Promise("fixed", 5.0)

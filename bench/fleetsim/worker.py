@@ -1,18 +1,19 @@
 """A worker's service around its engine: what it reports to proxies, and how late."""
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fleetsim.clock import Clock
+from tracereplay.clock import Clock
+from tracereplay.reports import Reports
+
 from fleetsim.constants import EngineModel
 from fleetsim.engine import Engine
 from fleetsim.leg import Leg, Stats
 from omni_engine.ports import BlockEvent
-from omni_proxy.fleet import Load, Role
+from omni_proxy.worker import Load, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,11 @@ class Worker:
         self.name = f"{'p' if role is Role.PREFILL else 'd'}{number:02}"
         self._clock, self._network = clock, network
         self._rng = random.Random(f"{seed}/{number}")
-        self.engine = Engine(clock, model, random.Random(f"{seed}/{number}/steps"), self._changed, slow)
+        self._reports = Reports(clock, network.publish_s, network.events_s, self._rng, self._reported)
+        self.engine = Engine(clock, model, random.Random(f"{seed}/{number}/steps"), self._reports.add, slow)
         self._accounts: dict[int, _Account] = defaultdict(_Account)
         self._listeners: Sequence[Listener] = ()
-        self._events: list[BlockEvent] = []
-        self._events_phase_s = self._rng.uniform(0, network.publish_s)
         self._stats_phase_s = self._rng.uniform(0, network.stats_s)
-        self._arrived_s = 0.0
         self._ticking = False
         self._told_idle = True
         self._told = -1
@@ -84,7 +83,7 @@ class Worker:
         self.engine.take(leg)
         if not self._ticking:
             self._ticking = True
-            self._clock.at(self._next(self._stats_phase_s, self._network.stats_s), self._tick)
+            self._clock.at(self._clock.next_tick(self._stats_phase_s, self._network.stats_s), self._tick)
 
     def _computed_for(
         self, proxy: int, uncached_tokens: int, then: Callable[[Leg], None] | None
@@ -152,21 +151,6 @@ class Worker:
             computed_prompt_tokens=stats.computed_prompt_tokens,
         )
 
-    def _changed(self, events: Sequence[BlockEvent]) -> None:
-        if not self._events:
-            self._clock.at(self._next(self._events_phase_s, self._network.publish_s), self._publish)
-        self._events.extend(events)
-
-    def _publish(self) -> None:
-        batch, self._events = self._events, []
-        arrival_s = self._clock.now_s + self._network.events_s * self._rng.uniform(0.5, 1.5)
-        self._arrived_s = max(self._arrived_s, arrival_s)
-        self._clock.at(self._arrived_s, self._deliver, batch)
-
-    def _deliver(self, batch: Sequence[BlockEvent]) -> None:
+    def _reported(self, batch: Sequence[BlockEvent]) -> None:
         for listener in self._listeners:
             listener.reported(self.number, batch)
-
-    def _next(self, phase_s: float, period_s: float) -> float:
-        ticks = math.floor((self._clock.now_s - phase_s) / period_s) + 1
-        return max(self._clock.now_s, phase_s + ticks * period_s)

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sidebyside.ranks import quantile
+
 from livereplay.client import Answer
 
 Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -88,8 +90,3 @@ def median_error(before: Samples, after: Samples, model: str) -> float:
             return low if math.isinf(high) else low + (high - low) * (half - passed) / (count - passed)
         low, passed = high, count
     return math.nan
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Nearest rank; NaN of nothing."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan

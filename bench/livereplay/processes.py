@@ -14,16 +14,15 @@ from pathlib import Path
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from sidebyside.child import Broken, terminate
 from sidebyside.ports import free_port
+
+from livereplay.figures import Samples
 
 _OMNI = Path(sys.executable).parent / "omni"
 _READY_S = 60.0
 _STOP_S = 15.0
 _POLL_S = 0.1
-
-
-class Broken(Exception):
-    """A process ended or did not answer; the message has the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +104,12 @@ class Proxy:
             body: bytes = answer.read()
         return body
 
-    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    def samples(self) -> Samples:
         """Every sample of /metrics by name and labels."""
         families = text_string_to_metric_families(self.get("/metrics").decode())
         return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
-    async def samples_meanwhile(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    async def samples_meanwhile(self) -> Samples:
         return await asyncio.to_thread(self.samples)
 
 
@@ -147,12 +146,7 @@ def proxy(shape: Shape, beside: Engines, config: Mapping[str, object], folder: P
     except Broken as error:
         raise Broken(f"{error}\n{log.read_text(errors='replace')[-3000:]}") from None
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        terminate(process, _STOP_S)
 
 
 def _is_ready(proxy: Proxy, workers: int) -> bool:

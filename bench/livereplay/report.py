@@ -1,4 +1,4 @@
-"""Says what came out: a table per level, the order of systems beside the simulation's, Markdown and JSON."""
+"""Says what came out: a table per level, the order of systems beside the simulation's, JSON."""
 
 import math
 import statistics
@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
+
+from sidebyside.tables import Block
 
 from livereplay.figures import PREDICTED, Point
 from livereplay.run import Results
@@ -88,7 +90,7 @@ def simulated_goodputs(report: Mapping[str, Any], fleet: str, level: str) -> tup
     return f"{chosen['fleet']}, {at['title']}", goodputs
 
 
-def rows(by_system: Mapping[str, Sequence[Point]]) -> list[tuple[str, ...]]:
+def _rows(by_system: Mapping[str, Sequence[Point]]) -> list[tuple[str, ...]]:
     """Medians of repeats, best goodput first."""
     order = sorted(by_system, key=lambda name: -statistics.median(point.goodput for point in by_system[name]))
     return [_row(name, by_system[name]) for name in order]
@@ -112,17 +114,12 @@ def _row(name: str, points: Sequence[Point]) -> tuple[str, ...]:
     )
 
 
-def title_of(level: str, by_system: Mapping[str, Sequence[Point]]) -> str:
-    return f"{level}: {next(iter(by_system.values()))[0].offered_per_s:.2f} requests/s"
-
-
-def markdown(results: Results, notes: Sequence[str]) -> str:
-    lines: list[str] = []
-    for level, by_system in results.points.items():
-        lines += [f"### {title_of(level, by_system)}", ""]
-        lines += [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows(by_system))]
-        lines.append("")
-    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+def blocks_of(results: Results) -> list[Block]:
+    """A table per level."""
+    return [
+        Block(f"{level}: {next(iter(by_system.values()))[0].offered_per_s:.2f} requests/s", HEAD, _rows(by_system))
+        for level, by_system in results.points.items()
+    ]
 
 
 def as_json(results: Results) -> dict[str, object]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidebyside import cores
+from sidebyside.child import Broken
 
 from livereplay.client import Answer, Order, body_of, replay
 from livereplay.figures import Point, Promise, Samples, point_of
-from livereplay.processes import Broken, Engines, Proxy, Shape, proxy
+from livereplay.processes import Engines, Proxy, Shape, proxy
 from livereplay.workload import Workload
 from omni_common.errors import OmniError
 from omni_proxy.schedule_config import ScheduleConfig

@@ -1,6 +1,6 @@
 """Tables, verdicts and the drawing of a day's outcomes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from sidebyside.tables import Block
 
 from placementday.replay import Outcome
 from placementday.runs import BOUND, OURS, TITLES
@@ -26,10 +27,10 @@ HEAD = (
 )
 
 
-def rows(outcomes: Mapping[str, Outcome], scale: float) -> list[list[str]]:
-    """One line per system; `scale` is whole layers over simulated ones."""
+def block_of(outcomes: Mapping[str, Outcome], scale: float) -> Block:
+    """One row per system; `scale` is whole layers over simulated ones."""
     bound = outcomes[BOUND].total_ms
-    return [
+    rows = [
         [
             TITLES[name],
             f"{_hours(o.expert_ms, scale):.3f}",
@@ -43,6 +44,7 @@ def rows(outcomes: Mapping[str, Outcome], scale: float) -> list[list[str]]:
         ]
         for name, o in outcomes.items()
     ]
+    return Block("A simulated day by who decides when to move experts", HEAD, rows)
 
 
 def verdicts(outcomes: Mapping[str, Outcome]) -> list[str]:
@@ -59,12 +61,6 @@ def verdicts(outcomes: Mapping[str, Outcome]) -> list[str]:
             word = "wins on bytes only"
         lines.append(f"against {TITLES[name]}: {word} (time {-saved:+.2%}, {moved})")
     return lines
-
-
-def markdown(outcomes: Mapping[str, Outcome], scale: float, notes: Sequence[str]) -> str:
-    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *rows(outcomes, scale)]
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*table, "", *(f"- {note}" for note in [*verdicts(outcomes), *notes]), ""])
 
 
 def as_json(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

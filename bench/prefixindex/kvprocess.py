@@ -4,7 +4,6 @@ Publishers, watchers, kvstore and Redis are processes of their own. The clock ru
 watch has seen the last batch of every worker.
 """
 
-import json
 import os
 import pstats
 import signal
@@ -19,19 +18,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+from sidebyside.child import BENCH, Broken, Child, terminate
 from sidebyside.ports import free_port
 
 from prefixindex.publisher import PublisherDuties
 from prefixindex.redisserver import RedisServer, redis_server
 from prefixindex.timing import latency_of
 
-BENCH = Path(__file__).parents[1]
-_START_S, _STOP_S, _READ_S = 60.0, 20.0, 150.0
+_START_S, _STOP_S = 60.0, 20.0
 _PROFILED_FUNCTIONS = 12
-
-
-class Broken(Exception):
-    """A process ended or did not answer; the message has the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,46 +49,11 @@ class Profile:
     functions: Mapping[str, float]
 
 
-class Child:
-    """A process spoken to in JSON lines."""
-
-    def __init__(self, module: str, first_line: Mapping[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module], cwd=BENCH, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.module = module
-        self.tell(first_line)
-
-    def tell(self, message: Any) -> None:
-        if self._process.stdin is None:
-            raise Broken(f"{self.module} has no pipes")
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-
-    def hear(self) -> dict[str, Any]:
-        """The next line.
-
-        Raises:
-            Broken: it ended without one.
-        """
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        if not line:
-            raise Broken(f"{self.module} ended with code {self._process.wait(_STOP_S)}")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
-
-
 @contextmanager
 def child(module: str, first_line: Mapping[str, Any]) -> Iterator[Child]:
-    started = Child(module, first_line)
+    started = Child(module, is_heard=True)
     try:
+        started.tell(first_line)
         yield started
     finally:
         started.end()
@@ -134,12 +94,7 @@ def kvstore(redis_url: str, profile: Path | None = None) -> Iterator[KvStore]:
             _await_serving(process, log_path)
             yield KvStore(port, psutil.Process(process.pid))
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            terminate(process, _STOP_S)
 
 
 def _await_serving(process: "subprocess.Popen[bytes]", log_path: Path) -> None:

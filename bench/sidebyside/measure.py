@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from sidebyside.processes import Broken, Running
+from sidebyside.child import Broken
+from sidebyside.processes import Running
 from sidebyside.prompts import Prompts
 from sidebyside.systems import HOST, MODEL, OTHER_CORE
 

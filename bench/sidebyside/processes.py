@@ -10,14 +10,11 @@ from pathlib import Path
 
 import psutil
 
+from sidebyside.child import Broken
 from sidebyside.systems import ENGINE_CORE, OTHER_CORE, Command, Part, Placement
 
 _TERM_GRACE_S = 10.0
 _KILL_GRACE_S = 5.0
-
-
-class Broken(Exception):
-    """A process under test ended or did not answer; the message has the end of its log."""
 
 
 class Running:
@@ -25,7 +22,6 @@ class Running:
 
     def __init__(self, part: Part, logs: Path, environ: Mapping[str, str]) -> None:
         self.part = part
-        self.is_frozen = False
         self._logs = logs
         self._environ = {k: v for k, v in environ.items() if not k.startswith(("OMNI_", "VLLM_"))}
         self._roots: list[tuple[Command, subprocess.Popen[bytes]]] = []
@@ -65,11 +61,9 @@ class Running:
 
     def freeze(self) -> None:
         self._signal_all(signal.SIGSTOP)
-        self.is_frozen = True
 
     def thaw(self) -> None:
         self._signal_all(signal.SIGCONT)
-        self.is_frozen = False
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far by command name; engine cores, workers and their trackers together as `engine`."""

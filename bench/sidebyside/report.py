@@ -1,17 +1,14 @@
-"""Medians of repeats and ratios, as a terminal table, as Markdown and as JSON."""
+"""Medians of repeats and ratios, as a table and as JSON."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from rich.console import Console
-from rich.table import Table
-
 from sidebyside.measure import Load, Point
 from sidebyside.run import Results
+from sidebyside.tables import Block
 
 BASELINE = "b"
-Row = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +45,21 @@ def median_parts(points: Sequence[Point]) -> dict[str, float]:
     return {name: statistics.median(p.parts_cpu_us.get(name, 0.0) for p in points) for name in points[0].parts_cpu_us}
 
 
-def rows(results: Results, loads: Sequence[Load]) -> list[Row]:
+def block_of(results: Results, loads: Sequence[Load]) -> Block:
     """Load, figure, and one cell per system: the median, and its ratio to the vLLM server's."""
-    lines: list[Row] = []
+    lines: list[tuple[str, ...]] = []
     for load in loads:
         medians = {key: median_point(by_load[load.name]) for key, by_load in results.points.items()}
         for figure in FIGURES + (LONG_FIGURES if load.long_rate_per_s else ()):
             cells = [_cell(figure, values, medians.get(BASELINE)) for values in medians.values()]
             lines.append((load.name, figure.title, *cells))
-    return lines
+    return Block(
+        "Serving on CPU, median of repeats (ratio to b)",
+        ("load", "figure", *results.points),
+        lines,
+        names=2,
+        notes=_notes(results, loads),
+    )
 
 
 def _cell(figure: Figure, values: Mapping[str, float], baseline: Mapping[str, float] | None) -> str:
@@ -67,35 +70,7 @@ def _cell(figure: Figure, values: Mapping[str, float], baseline: Mapping[str, fl
     return f"{text} (x{value / baseline[figure.name]:.2f})"
 
 
-def show(results: Results, loads: Sequence[Load], console: Console) -> None:
-    """The table, and the notes a reader needs beside it."""
-    table = Table(title="Serving on CPU, median of repeats (ratio to b)")
-    for title in ("load", "figure", *results.points):
-        table.add_column(title, justify="left" if title in ("load", "figure") else "right")
-    previous = ""
-    for load, *cells in rows(results, loads):
-        if previous and load != previous:
-            table.add_section()
-        table.add_row(load if load != previous else "", *cells)
-        previous = load
-    console.print(table)
-    for note in notes(results, loads):
-        console.print(f"- {note}", highlight=False, soft_wrap=True)
-
-
-def markdown(results: Results, loads: Sequence[Load]) -> str:
-    """The same table and notes for a document."""
-    head = ("load", "figure", *(f"{key}: {results.titles[key]}" for key in results.points))
-    lines = [_line(head), _line(["---", "---", *["---:"] * len(results.points)])]
-    lines += [_line(row) for row in rows(results, loads)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(results, loads)), ""])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def notes(results: Results, loads: Sequence[Load]) -> list[str]:
+def _notes(results: Results, loads: Sequence[Load]) -> list[str]:
     """Titles, where the CPU goes, what bounds the run, what was left out."""
     busiest = max(loads, key=lambda load: load.streams).name
     lines = [f"{key}: {title}" for key, title in results.titles.items()]

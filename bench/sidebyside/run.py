@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import tempfile
 import time
 import urllib.error
@@ -15,8 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from sidebyside.child import Broken
 from sidebyside.measure import Load, Point, measure
-from sidebyside.processes import Broken, Running, running, wait_until
+from sidebyside.ports import free_port
+from sidebyside.processes import Running, running, wait_until
 from sidebyside.systems import (
     ENGINE_CORE,
     HOST,
@@ -204,12 +205,9 @@ def _is_ready(part: Part) -> bool:
 
 
 def _free_ports() -> Iterator[int]:
-    """Ports free now; every socket stays bound until the generator has handed out the next."""
+    """Ports free now, each given once."""
     given: set[int] = set()
     while True:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port: int = probe.getsockname()[1]
-        if port not in given:
+        if (port := free_port()) not in given:
             given.add(port)
             yield port

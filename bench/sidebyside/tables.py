@@ -21,13 +21,15 @@ class Block:
 
 
 def show(blocks: Sequence[Block], lines: Iterable[str], console: Console) -> None:
-    """Every table with its notes, then the lines."""
+    """Every table with its notes, then the lines. Of several columns of text the first is written where it changes."""
     for block in blocks:
         table = Table(title=block.title)
         for number, title in enumerate(block.head):
             table.add_column(title, justify="left" if number < block.names else "right")
-        for row in block.rows:
-            table.add_row(*row)
+        previous = ""
+        for first, *cells in block.rows:
+            table.add_row("" if block.names > 1 and first == previous else first, *cells)
+            previous = first
         console.print(table)
         for note in block.notes:
             console.print(f"- {note}", highlight=False, soft_wrap=True)

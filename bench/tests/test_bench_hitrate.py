@@ -2,9 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
+from sidebyside.tables import markdown
 from tracereplay.knowledge import VARIANTS, Index, Oracle, OracleAhead, OwnHistory
 from tracereplay.replay import Replay, Scene
-from tracereplay.results import Source, cases_of, goals, markdown, run
+from tracereplay.results import Source, block_of, cases_of, goals, run
 from tracereplay.trace import BLOCK_TOKENS, Request, best_hit_rate, chained, read_trace, reusable
 from tracereplay.worker import TimeModel
 
@@ -125,4 +126,4 @@ def test_results_keep_every_seed_and_judge_the_index(trace: Path) -> None:
     assert all(len(outcomes) == 2 for result in results for outcomes in result.outcomes.values())
     assert len(goals(results)) == 2
     assert results[0].to_oracle(results[0].best_oracle) == 1.0
-    assert "oracle" in markdown(results, ["simulated"])
+    assert "oracle" in markdown([block_of(results)], goals(results))

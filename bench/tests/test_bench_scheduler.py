@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fleetsim.bounds import least_work_s, most_kept, unreachable
-from fleetsim.clock import Clock
 from fleetsim.compare import Runner, served_speed
 from fleetsim.constants import PREFILL, EngineModel
 from fleetsim.engine import Engine
@@ -17,10 +16,12 @@ from fleetsim.leg import Leg
 from fleetsim.outcome import outcome_of
 from fleetsim.plot import svg
 from fleetsim.record import Served, weighted_quantile
-from fleetsim.report import Fleet, as_json, goals, markdown
+from fleetsim.report import Fleet, as_json, blocks_of, goals
 from fleetsim.simulation import Scene, simulate
 from fleetsim.slo import FIXED, SCALED
 from fleetsim.systems import SYSTEMS
+from sidebyside.tables import markdown
+from tracereplay.clock import Clock
 from tracereplay.trace import BLOCK_TOKENS, Request, chained
 
 from omni_engine.ports import DecodeJob, SamplingParams, SequenceOutput
@@ -249,7 +250,7 @@ def test_report_holds_cost_against_the_best_other(tmp_path: Path) -> None:
     bounds = {"knee": {"unreachable": 0.0, "prefill": 1.0, "all": 1.0}}
     fleet = Fleet("2P2D", 1.0, levels, [1.0, 4.0], sweep, bounds)
     assert len(goals(fleet)) == 6
-    assert "round_robin" in markdown([fleet], ["simulated"])
+    assert "round_robin" in markdown(blocks_of([fleet]), goals(fleet))
     assert svg([fleet]).startswith("<svg")
     json.dumps(as_json([fleet]))
 

@@ -1,14 +1,12 @@
 """Runs a trace through simulated workers under one kind of knowledge. Deterministic: its only clock is simulated."""
 
-import heapq
-import itertools
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from sidebyside.ranks import quantile
 
 from omni_engine.ports import BlockEvent
 from omni_proxy.scheduling.forecast import Forecast
@@ -16,7 +14,9 @@ from omni_proxy.scheduling.policies.legs import first
 from omni_proxy.scheduling.policies.load import tokens_to_compute
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import WorkerRow, view_of
+from tracereplay.clock import Clock
 from tracereplay.knowledge import VARIANTS, Knowledge
+from tracereplay.reports import Reports
 from tracereplay.trace import Request, reusable
 from tracereplay.worker import Job, TimeModel, Worker
 
@@ -58,49 +58,6 @@ class Outcome:
     """Of the workers' time, what prefill took."""
 
 
-class Clock:
-    """Simulated seconds; actions run in order of time, and of entry where times are equal."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = itertools.count()
-
-    def at(self, at_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._queue, (at_s, next(self._numbers), action))
-
-    def later(self, delay_s: float, action: Callable[[], None]) -> None:
-        self.at(self.now_s + delay_s, action)
-
-    def run(self) -> None:
-        while self._queue:
-            self.now_s, _, action = heapq.heappop(self._queue)
-            action()
-
-
-class Reports:
-    """A worker's changes on their way to the proxy: collected, published at the next tick, and in order."""
-
-    def __init__(self, clock: Clock, scene: Scene, rng: random.Random, deliver: Callable[[Sequence[BlockEvent]], None]):
-        self._clock, self._scene, self._rng, self._deliver = clock, scene, rng, deliver
-        self._phase_s = rng.uniform(0, scene.publish_s)
-        self._pending: list[BlockEvent] = []
-        self._arrived_s = 0.0
-
-    def add(self, events: Sequence[BlockEvent]) -> None:
-        if not self._pending:
-            period_s = self._scene.publish_s
-            ticks = math.floor((self._clock.now_s - self._phase_s) / period_s) + 1 if period_s else 0
-            self._clock.at(max(self._clock.now_s, self._phase_s + ticks * period_s), self._publish)
-        self._pending.extend(events)
-
-    def _publish(self) -> None:
-        batch, self._pending = self._pending, []
-        arrival_s = self._clock.now_s + self._scene.network_s * self._rng.uniform(0.5, 1.5)
-        self._arrived_s = max(self._arrived_s, arrival_s)
-        self._clock.at(self._arrived_s, partial(self._deliver, batch))
-
-
 class Replay:
     """One run. The router's own account of a worker is what it believes to be uncached there and not prefilled yet."""
 
@@ -110,12 +67,14 @@ class Replay:
         self._rng = rng
         make = VARIANTS[variant].make
         self._proxies: list[Knowledge] = [
-            make(scene.workers, scene.cache_blocks, lambda: self._clock.now_s, scene.marks_s)
-            for _ in range(scene.proxies)
+            make(scene.workers, scene.cache_blocks, self._clock, scene.marks_s) for _ in range(scene.proxies)
         ]
         # The simulated engine does not say where in its prompt a block stands; a worker's relay does.
         self._positions: dict[bytes, int] = {}
-        self._reports = [Reports(self._clock, scene, rng, partial(self._reported, n)) for n in range(scene.workers)]
+        self._reports = [
+            Reports(self._clock, scene.publish_s, scene.network_s, rng, partial(self._reported, number))
+            for number in range(scene.workers)
+        ]
         self._workers = [self._worker(number) for number in range(scene.workers)]
         self._uncached = [0] * scene.workers
         self._requests = [0] * scene.workers
@@ -139,7 +98,7 @@ class Replay:
             self._reports[number].add(events)
 
         scene = self._scene
-        return Worker(scene.cache_blocks, scene.times, changed, self._clock.later)
+        return Worker(scene.cache_blocks, scene.times, changed, self._clock.after)
 
     def _reported(self, number: int, events: Sequence[BlockEvent]) -> None:
         for proxy in self._proxies:
@@ -188,7 +147,7 @@ class Replay:
             hit_rate=1 - sum(job.uncached_tokens for job in jobs) / tokens,
             misjudged=sum(abs(job.believed_uncached_tokens - job.uncached_tokens) for job in jobs) / tokens,
             mean_ttft_s=sum(ttfts_s) / len(ttfts_s),
-            p99_ttft_s=ttfts_s[math.ceil(0.99 * len(ttfts_s)) - 1],
+            p99_ttft_s=quantile(ttfts_s, 0.99),
             busiest=max(self._dispatched) / len(jobs),
             load=busy_s / (span_s or 1.0) / scene.workers,
         )

@@ -117,6 +117,17 @@ def test_a_request_shows_choice_candidates_and_predictions(proxy: Any) -> None:
     assert proxy.asked == ["/decisions/r%2F1%20%3F?limit=5"]
 
 
+def test_of_a_hedged_request_the_prediction_is_that_of_the_worker_that_answered(
+    proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hedge = DECISION | {"prefill": "p0", "predicted": DECISION["predicted"] | {"queue_ms": 777.0}}
+    seen = {"queue_ms": 1.5, "prefill_worker": "p1", "hedged": True, "retries": 0, "first_token_source": "prefill"}
+    monkeypatch.setitem(ONE, "sequences", [{"decisions": [DECISION, hedge, CONTINUED], "seen": seen}])
+    output = _explain(proxy, "r/1 ?").output
+    assert ["queue", "3", "1.5"] in _rows(output)
+    assert "retries 0, hedged, p1 answered first, first token: prefill" in output
+
+
 def test_without_a_request_the_latest_are_listed(proxy: Any) -> None:
     rows = _rows(_explain(proxy).output)
     assert rows[1] == ["r/1", "?", "03:04:05.678", "200", "p1", "d0", "disaggregated", "43.2", "47.5"]

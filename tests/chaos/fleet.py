@@ -32,7 +32,7 @@ from omni_common.prefix_index import PrefixIndex  # noqa: E402
 from omni_engine.ports import SamplingParams  # noqa: E402
 from omni_engine.sim import SimSettings, Timing  # noqa: E402
 from omni_engine.sim.tokens import TokenStream  # noqa: E402
-from omni_proxy.fleet import Fleet, Role  # noqa: E402
+from omni_proxy.fleet import Fleet  # noqa: E402
 from omni_proxy.flow.gate import FlowGate  # noqa: E402
 from omni_proxy.flow.metrics import FlowMetrics  # noqa: E402
 from omni_proxy.flow.queue import FlowQueue  # noqa: E402
@@ -48,6 +48,7 @@ from omni_proxy.scheduling.cost import CostPolicy  # noqa: E402
 from omni_proxy.scheduling.forecast import LoadCost  # noqa: E402
 from omni_proxy.sequence import Limits, OutputLengths, Scheduler, SequenceJob  # noqa: E402
 from omni_proxy.tracing import RequestTrace  # noqa: E402
+from omni_proxy.worker import Role  # noqa: E402
 
 MODEL = "sim"
 REQUEST_TIMEOUT_S = 120.0

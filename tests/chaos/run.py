@@ -93,7 +93,7 @@ def _report(
         "error_rates": {o: round(n / max(1, ended), 5) for o, n in errors.items()},
         "ttft_ms": {q: round(1e3 * ttft[int(p * (len(ttft) - 1))]) for q, p in _PERCENTILES.items()} if ttft else {},
         "mean_ttft_ms": round(1e3 * statistics.fmean(ttft)) if ttft else 0,
-        "counters": dict(sorted(running.seen.items())),
+        "counters": dict(sorted((+running.seen).items())),
         "defects": clients.defects
         + clients.wrong
         + ([f"{after} questions not answered right afterwards"] if after else []),

@@ -13,12 +13,13 @@ from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.sim import SimEngine, SimSettings
 from omni_proxy.attempt import STALLED
 from omni_proxy.feed import End, Feed
-from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
+from omni_proxy.fleet import Fleet
 from omni_proxy.ports import FinishReason, KvHandle, PrefillAnswer, PrefillOrder, SequenceStart, Submission
 from omni_proxy.ports import Timings as ProxyTimings
 from omni_proxy.replica import Action, BlockChange, Holder
 from omni_proxy.sampling import Sampling
 from omni_proxy.stalls import TICK_S, StallWatch
+from omni_proxy.worker import Load, Member, Role, Worker
 
 STATS_S = 0.1
 HBM = 1
@@ -87,7 +88,7 @@ class SimWorker:
         self._sent: set[asyncio.Task[Any]] = set()
         self._living: list[asyncio.Task[None]] = []
         self.clock = GatedClock()
-        self.watch = StallWatch(fleet.health.settings)
+        self.watch = StallWatch(lambda: fleet.health.settings)
         self.ready = False
         self.engine: SimEngine | None = None
         self.member: Member | None = None
@@ -107,7 +108,7 @@ class SimWorker:
         self.ready = self.member.is_reachable = True
         self._fleet.put(self.member)
         self._fleet.replica.join(Holder(self.id, self._epoch))
-        self.watch = StallWatch(self._fleet.health.settings)
+        self.watch = StallWatch(lambda: self._fleet.health.settings)
         living = (self._tell_load(), self._tell_blocks(self.engine), self._look_after())
         self._living = [asyncio.create_task(life) for life in living]
 

@@ -48,7 +48,7 @@ async def test_no_lease_outlives_its_caller(by_deadline: bool) -> None:
         async with asyncio.timeout(60), channel(address) as connected:
             while not host.admission.is_ready:
                 await host.admission.changed(0.1)
-            client = PrefillClient(connected, StallWatch(HealthSettings.model_validate({})))
+            client = PrefillClient(connected, StallWatch(lambda: HealthSettings.model_validate({})))
             await leave_after(client, CALLS, LONG_S)
             began_s = time.perf_counter()
             await leave_after(client, CALLS + 1, LONG_S)

@@ -127,5 +127,18 @@ def test_every_service_can_be_deployed_alone(service: Path) -> None:
     assert (service / "src" / f"omni_{service.name}" / "__main__.py").exists()
 
 
+@pytest.mark.parametrize("service", SERVICES, ids=lambda p: p.name)
+def test_every_service_starts_where_nothing_can_be_written(service: Path) -> None:
+    """Containers' roots are read-only: compiled loops that cannot be kept on disk are compiled anew."""
+    program = f"""
+import importlib
+from numba.core.caching import CacheImpl
+CacheImpl._locator_classes = []
+importlib.import_module("omni_{service.name}.app")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_the_services_named_are_there() -> None:
     assert {s.name for s in SERVICES} == {"proxy", "prefill", "decode", "kvstore", "placement"}

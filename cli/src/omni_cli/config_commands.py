@@ -12,7 +12,7 @@ import typer
 
 from omni_cli.errors import CliError, InvalidOptions
 from omni_cli.kv import ProxyPages
-from omni_cli.options import Home, Name, Port, Url, chosen, files_of
+from omni_cli.options import Home, Name, Port, Url, proxy_url
 from omni_common.command import examples
 
 CHECKER = "omni_proxy.schedule_config"
@@ -60,5 +60,5 @@ def show(
     home: Home = None,
 ) -> None:
     """The values a proxy has in force. Keys are not shown."""
-    pages = ProxyPages(url or chosen(files_of(home), name, port).url)
+    pages = ProxyPages(proxy_url(url, home, name, port))
     print(json.dumps(asyncio.run(pages.config()), indent=2))

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from omni_cli.kv import ProxyPages
-from omni_cli.options import AsJson, Home, Name, Port, Url, chosen, files_of
+from omni_cli.options import AsJson, Home, Name, Port, Url, proxy_url
+from omni_cli.report import borderless
 from omni_common.command import examples
 
 PHASES = (
@@ -48,7 +48,7 @@ def explain(
     All times are milliseconds; a tier above 0 breaks a service level. The proxy remembers its latest requests,
     about a thousand; [bold]*[/] marks the choice.
     """
-    pages, console = ProxyPages(url or chosen(files_of(home), name, port).url), _console()
+    pages, console = ProxyPages(proxy_url(url, home, name, port)), _console()
     asked = pages.decisions(limit) if request_id is None else pages.decision(request_id, limit)
     page = asyncio.run(asked)
     if as_json:
@@ -63,7 +63,7 @@ EXPLAIN_EPILOG = examples("omni explain", "omni explain my-request-7", "omni exp
 
 
 def _show_latest(requests: Sequence[Mapping[str, Any]], console: Console) -> None:
-    table = _table("request", "arrived", "status", "prefill", "decode", "reason", "predicted", "seen")
+    table = borderless(("request", "arrived", "status", "prefill", "decode", "reason", "predicted", "seen"))
     for request in requests:
         decision = request["decision"] or {}
         table.add_row(
@@ -96,8 +96,16 @@ def _show_request(request: Mapping[str, Any], console: Console) -> None:
         for number, decision in enumerate(sequence["decisions"], 1):
             _show_decision(number, decision, console)
         _show_phases(sequence, console)
-        counts = (f"{name.replace('_', ' ')} {sequence['seen'][name]}" for name in COUNTS if name in sequence["seen"])
-        console.print(", ".join(counts), highlight=False, soft_wrap=True)
+        _show_outcome(sequence["seen"], console)
+
+
+def _show_outcome(seen: Mapping[str, Any], console: Console) -> None:
+    facts = [f"{name.replace('_', ' ')} {seen[name]}" for name in COUNTS if name in seen]
+    if seen.get("hedged"):
+        facts.append(f"hedged, {seen['prefill_worker'] or 'nobody'} answered first")
+    if seen.get("first_token_source"):
+        facts.append(f"first token: {seen['first_token_source']}")
+    console.print(", ".join(map(escape, facts)), highlight=False, soft_wrap=True)
 
 
 def _show_decision(number: int, decision: Mapping[str, Any], console: Console) -> None:
@@ -113,7 +121,7 @@ def _show_decision(number: int, decision: Mapping[str, Any], console: Console) -
         if not candidates:
             continue
         terms = [term for term in candidates[0] if term != "worker"]
-        table = _table("", leg, *terms)
+        table = borderless(("", leg, *terms))
         taken = prefill if leg == "prefill" else decode
         for candidate in candidates:
             is_taken = candidate["worker"] == taken and (leg != "alone" or not prefill)
@@ -123,9 +131,9 @@ def _show_decision(number: int, decision: Mapping[str, Any], console: Console) -
 
 
 def _show_phases(sequence: Mapping[str, Any], console: Console) -> None:
-    """Predictions are those of the last decision that was not about going on."""
-    predicted = _predicted(sequence["decisions"])
-    table = _table("", "predicted", "seen")
+    """Predictions are those of the decision by which the prompt was computed."""
+    predicted = _predicted(sequence)
+    table = borderless(("", "predicted", "seen"))
     for label, foreseen, seen in PHASES:
         table.add_row(label, _number(predicted.get(foreseen or "")), _number(sequence["seen"].get(seen)))
     console.print()
@@ -134,9 +142,12 @@ def _show_phases(sequence: Mapping[str, Any], console: Console) -> None:
         console.print(f"confidence {predicted['confidence']:.0%}", highlight=False)
 
 
-def _predicted(decisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    found: list[Mapping[str, Any]] = [d["predicted"] for d in decisions if d["reason"] != "continued"]
-    return found[-1] if found else {}
+def _predicted(sequence: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a prefill and its hedge that of the one whose worker answered."""
+    prompts = [d for d in sequence["decisions"] if d["reason"] != "continued"]
+    answered = sequence["seen"].get("prefill_worker")
+    found: list[Mapping[str, Any]] = [d for d in prompts if answered and d["prefill"] == answered] or prompts
+    return found[-1]["predicted"] if found else {}
 
 
 def _status(request: Mapping[str, Any]) -> str:
@@ -162,10 +173,3 @@ def _number(value: float | None) -> str:
 
 def _console() -> Console:
     return Console(width=max(Console().width, WIDTH))
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(heading, no_wrap=True)
-    return table

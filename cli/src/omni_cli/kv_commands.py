@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.kv import KvStoreClient, Member, ProxyPages, Reached, Verdict
-from omni_cli.options import AsJson, Home, Name, Port, Url, checked_address, chosen, files_of
+from omni_cli.options import AsJson, Home, Name, Port, Url, checked_address, chosen, files_of, proxy_url
+from omni_cli.report import borderless
 from omni_common.command import examples
 
 EXIT_DIFFERS = 3
@@ -33,10 +33,6 @@ def _kvstore(address: str | None, home: Path | None, name: str | None, port: int
         if process.service == "kvstore":
             return KvStoreClient(process.address)
     raise NoSuchStack(f"stack {stack.name!r} has no kvstore; name one with --kvstore host:port")
-
-
-def _proxy(url: str | None, home: Path | None, name: str | None, port: int | None) -> ProxyPages:
-    return ProxyPages(url or chosen(files_of(home), name, port).url)
 
 
 @kv_app.command(epilog=examples("omni kv workers", "omni kv workers --kvstore kv:50061 --json"))
@@ -94,7 +90,7 @@ def prefix(
     text = prompt if prompt is not None else file.read_text() if file is not None else ""
     body: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     store = None if url and not kvstore else _kvstore(kvstore, home, name, port)
-    seen, stored = asyncio.run(_prefix(_proxy(url, home, name, port), store, body))
+    seen, stored = asyncio.run(_prefix(ProxyPages(proxy_url(url, home, name, port)), store, body))
     if as_json:
         found = None if stored is None else [asdict(row) for row in stored]
         print(json.dumps({"proxy": seen, "kvstore": found}, indent=2))
@@ -130,7 +126,7 @@ def hottest(
     as_json: AsJson = False,
 ) -> None:
     """The prefixes that most requests of this proxy shared, by block key: length, requests, and who holds them."""
-    found = asyncio.run(_proxy(url, home, name, port).hottest(limit))
+    found = asyncio.run(ProxyPages(proxy_url(url, home, name, port)).hottest(limit))
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -184,9 +180,7 @@ async def _verify(store: KvStoreClient, only: Sequence[str], settle_s: float) ->
 
 
 def _show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(heading, no_wrap=True)
+    table = borderless(headings)
     for row in rows:
         table.add_row(*row)
     Console().print(table, highlight=False)

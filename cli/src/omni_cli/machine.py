@@ -23,9 +23,9 @@ def read_machine() -> Machine:
     return Machine(tuple(sorted(cores)), psutil.virtual_memory().available)
 
 
-def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen there now."""
-    return _obstacle(port, host) is None
+def is_port_free(port: int) -> bool:
+    """Whether a server could listen there, on 127.0.0.1, now."""
+    return _obstacle(port, "127.0.0.1") is None
 
 
 def _obstacle(port: int, host: str) -> OSError | None:

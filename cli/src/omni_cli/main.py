@@ -22,7 +22,7 @@ from omni_cli.extensions import Commands
 from omni_cli.facts import probe_facts
 from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
-from omni_cli.options import Home, Name, Port, Url, chosen, files_of, logged
+from omni_cli.options import Home, Name, Port, Url, chosen, files_of, logged, proxy_url
 from omni_cli.plan import StackOptions
 from omni_cli.status import Condition, read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
@@ -197,7 +197,7 @@ def chat(
     home: Home = None,
 ) -> None:
     """Talk to a stack; answers stream. Ctrl-D or an empty line ends a conversation."""
-    client = ChatClient(url or chosen(files_of(home), name, port).url)
+    client = ChatClient(proxy_url(url, home, name, port))
     messages = [{"role": "system", "content": system}] if system else []
     try:
         model = client.model()

@@ -41,6 +41,10 @@ def chosen(files: StateFiles, name: str | None, port: int | None) -> StackState:
     raise NoSuchStack(f"say which stack with --name or --port (known: {known})")
 
 
+def proxy_url(url: str | None, home: Path | None, name: str | None, port: int | None) -> str:
+    return url or chosen(files_of(home), name, port).url
+
+
 def logged(files: StateFiles, name: str | None, port: int | None) -> str:
     """The stack whose logs are meant: logs stay when it stops, so it need not be recorded."""
     known = files.logged()

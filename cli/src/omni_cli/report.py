@@ -1,6 +1,6 @@
 """Tables for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +19,13 @@ CONDITION_STYLES: Mapping[Condition, str] = {
 }
 
 
+def borderless(headings: Iterable[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
 def show_stacks(stacks: Sequence[StackStatus], console: Console) -> None:
     """One table per stack and one line on its fleet."""
     if not stacks:
@@ -28,9 +35,7 @@ def show_stacks(stacks: Sequence[StackStatus], console: Console) -> None:
         console.print(
             f"[bold]{stack.name}[/] {stack.url} [{style}]{stack.condition}[/]", highlight=False, soft_wrap=True
         )
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("service", "state", "pid", "address", "cores", "metrics"):
-            table.add_column(heading, no_wrap=True)
+        table = borderless(("service", "state", "pid", "address", "cores", "metrics"))
         for service in stack.services:
             state = Text(service.phase, STYLES[service.phase])
             table.add_row(

@@ -34,7 +34,6 @@ class Bringup:
     detach: bool = False
     timeout_s: float = 600.0
     ask: bool = True
-    stop_timeout_s: float = STOP_TIMEOUT_S
 
 
 async def bring_up(
@@ -68,7 +67,7 @@ async def bring_up(
             raise
         finally:
             if not is_left_running:
-                await _stop(stack, bringup.stop_timeout_s, hurried, console)
+                await _stop(stack, hurried, console)
 
 
 async def bring_down(state: StackState, files: StateFiles, timeout_s: float) -> list[str]:
@@ -165,15 +164,15 @@ async def _clear_leftovers(name: str, files: StateFiles) -> None:
     files.remove(name)
 
 
-async def _stop(stack: Stack, timeout_s: float, hurried: asyncio.Event, console: Console) -> None:
+async def _stop(stack: Stack, hurried: asyncio.Event, console: Console) -> None:
     console.print(f"stopping {stack.plan.name} ... (Ctrl-C again: at once)", highlight=False)
-    if not await _finishes(_stop_gently(stack, timeout_s, console), hurried):
+    if not await _finishes(_stop_gently(stack, console), hurried):
         await stack.stop(0)
     console.print(f"{stack.plan.name} stopped", highlight=False)
 
 
-async def _stop_gently(stack: Stack, timeout_s: float, console: Console) -> None:
-    for name in await stack.stop(timeout_s):
+async def _stop_gently(stack: Stack, console: Console) -> None:
+    for name in await stack.stop(STOP_TIMEOUT_S):
         console.print(f"{name} did not stop in time and was killed", style="yellow", highlight=False)
 
 

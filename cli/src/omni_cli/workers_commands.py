@@ -3,15 +3,14 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from omni_cli.options import Home, Name, Port, Url, chosen, files_of
+from omni_cli.options import Home, Name, Port, Url, proxy_url
+from omni_cli.report import borderless
 from omni_cli.workers import ROLES, SeenWorker, WorkersClient, seen_workers, unmet_workers
 from omni_common.command import examples
 
@@ -22,10 +21,6 @@ HEADINGS = ("worker", "role", "group", "running", "waiting", "queued", "KV", "in
 workers_app = typer.Typer()
 
 WorkerId = Annotated[str, typer.Argument(help="As `omni workers` shows it.", show_default=False)]
-
-
-def _client(url: str | None, home: Path | None, name: str | None, port: int | None) -> WorkersClient:
-    return WorkersClient(url or chosen(files_of(home), name, port).url)
 
 
 @workers_app.callback(
@@ -46,7 +41,7 @@ def show(
     """
     if context.invoked_subcommand is not None:
         return
-    page = asyncio.run(_client(url, home, name, port).page())
+    page = asyncio.run(WorkersClient(proxy_url(url, home, name, port)).page())
     if as_json:
         print(json.dumps(page, indent=2))
     else:
@@ -54,9 +49,7 @@ def show(
 
 
 def _show(page: Mapping[str, Any]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in HEADINGS:
-        table.add_column(heading, no_wrap=True)
+    table = borderless(HEADINGS)
     for worker in seen_workers(page):
         table.add_row(*_row(worker))
     unmet = unmet_workers(page)
@@ -99,7 +92,7 @@ def role(
 
     A worker on vLLM refuses unless its engine was started for both legs (OMNI_<SERVICE>_VLLM__ANY_ROLE=true).
     """
-    previous = asyncio.run(_client(url, home, name, port).set_role(worker_id, new))
+    previous = asyncio.run(WorkersClient(proxy_url(url, home, name, port)).set_role(worker_id, new))
     print(f"{worker_id}: {previous} -> {new}" if previous != new else f"{worker_id} is {new} already")
 
 
@@ -123,7 +116,7 @@ def drain(
 
     It stays so until --resume or a restart.
     """
-    left = asyncio.run(_client(url, home, name, port).drain(worker_id, timeout_s, resume=resume))
+    left = asyncio.run(WorkersClient(proxy_url(url, home, name, port)).drain(worker_id, timeout_s, resume=resume))
     if resume:
         print(f"{worker_id} takes work")
     elif left.is_empty:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_common import _prefix_kernels, _prefix_table
+from omni_common import _prefix_table
+from omni_common.compiled import kernel
 from omni_common.prefix_index import DISK, HBM, HOST, PrefixIndex, warm_up
 
 
@@ -306,4 +307,4 @@ def test_without_a_writable_folder_kernels_are_compiled_in_memory(monkeypatch: p
     def increased(number: int) -> int:
         return number + 1
 
-    assert _prefix_kernels._kernel(increased)(1) == 2
+    assert kernel(increased)(1) == 2

@@ -100,6 +100,19 @@ async def test_resumed_sequence_continues_where_it_broke():
         assert whole[:4] + resumed.tokens == whole
 
 
+@given(least=st.integers(0, 40), taken=st.integers(1, 30))
+@settings(max_examples=25, deadline=None)
+async def test_min_tokens_of_a_continuation_are_those_to_come(least: int, taken: int) -> None:
+    """What goes on elsewhere ends where the whole would have ended."""
+    async with simulated(VirtualClock(), mean_output_tokens=8.0) as engine:
+        asked = SamplingParams(max_tokens=60, min_tokens=least)
+        whole = (await generate(engine, DecodeJob("a", PROMPT, asked))).tokens
+        sent = whole[: min(taken, len(whole) - 1)]
+        rest = SamplingParams(max_tokens=60 - len(sent), min_tokens=max(0, least - len(sent)))
+        job = DecodeJob("b", PROMPT + sent, rest, num_output_tokens=len(sent))
+        assert sent + (await generate(engine, job)).tokens == whole
+
+
 async def test_prefix_cache_is_used_per_salt():
     sampling = SamplingParams(max_tokens=1)
     async with simulated(block_size=16) as engine:

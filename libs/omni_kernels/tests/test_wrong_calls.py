@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
+from omni_kernels.conformance import parameters
 from omni_kernels.contract.faults import TABLE
-from omni_kernels.contract.wrong_calls import WrongCall, arguments, draw, refusal
+from omni_kernels.contract.wrong_calls import WrongCall, draw, refusal
 from omni_kernels.ops import OPS
 
 SEED = 6
@@ -38,7 +39,7 @@ def test_validators_name_the_argument(calls: list[WrongCall]) -> None:
     for call in calls:
         refused = refusal(call)
         if refused.gate == "validator":
-            assert refused.message.partition(":")[0] in arguments(OPS[call.op]), f"{call}: {refused.message}"
+            assert refused.message.partition(":")[0] in parameters(OPS[call.op]), f"{call}: {refused.message}"
 
 
 def test_the_public_call_refuses_them_too(calls: list[WrongCall]) -> None:

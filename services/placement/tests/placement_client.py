@@ -17,7 +17,7 @@ from omni_common.rpc import channel
 from omni_common.rpc_errors import from_rpc_error
 from omni_placement.app import Placement, running
 from omni_placement.layout import EMPTY, Layout, Topology
-from omni_placement.migration import Drop, Move, Round, apply_round
+from omni_placement.migration import Drop, Move, Round, apply_rounds
 from omni_placement.settings import Settings
 
 DEADLINE_S = 15.0
@@ -110,7 +110,7 @@ class Worker:
         ]
         assert len({m.source_rank for m in moves}) == len({m.target_rank for m in moves}) == len(moves)
         drops = [Drop(d.layer, d.rank, d.slot) for d in step.drops]
-        self.held = apply_round(self.held, Round(tuple(moves), tuple(drops)))
+        self.held = apply_rounds(self.held, [Round(tuple(moves), tuple(drops))])
 
     async def ack(
         self,

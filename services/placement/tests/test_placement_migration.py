@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from omni_common.errors import FailedPrecondition, InvalidRequest
 from omni_placement.layout import EMPTY, Layout, Topology
-from omni_placement.migration import Drop, Move, Round, apply_round, apply_rounds, fewest_rounds, moved_bytes, rounds
+from omni_placement.migration import Drop, Move, Round, apply_rounds, fewest_rounds, moved_bytes, rounds
 
 Rng = np.random.Generator
 
@@ -58,7 +58,7 @@ def test_any_layout_becomes_any_other_in_valid_rounds_of_one_transfer_per_rank(
     steps = rounds(current, target)
     layout, sent = current, 0
     for step in steps:
-        layout = apply_round(layout, step)  # a Layout that exists is valid
+        layout = apply_rounds(layout, [step])  # a Layout that exists is valid
         network = [m for m in step.moves if m.source_rank != m.target_rank]
         assert len({m.source_rank for m in network}) == len({m.target_rank for m in network}) == len(network)
         used = (layout.physical != EMPTY).sum(axis=2)
@@ -114,7 +114,7 @@ def test_failed_ranks_send_nothing_and_are_empty_after_the_first_round(data: st.
     layout = current
     for step in rounds(current, target, failed):
         assert failed.isdisjoint(r for m in step.moves for r in (m.source_rank, m.target_rank))
-        layout = apply_round(layout, step)
+        layout = apply_rounds(layout, [step])
         assert (layout.physical[:, list(failed)] == EMPTY).all()
     assert np.array_equal(held(layout), held(target))
 
@@ -144,9 +144,9 @@ def test_what_cannot_be_is_named() -> None:
     with pytest.raises(InvalidRequest, match="failed rank 1"):
         rounds(layout, layout, frozenset({1}))
     with pytest.raises(InvalidRequest, match="where the expert is not"):
-        apply_round(layout, Round((Move(0, 1, 1, 0, 0, 0),)))
+        apply_rounds(layout, [Round((Move(0, 1, 1, 0, 0, 0),))])
     with pytest.raises(InvalidRequest, match="on no rank"):
-        apply_round(layout, Round((), (Drop(0, 0, 1),)))
+        apply_rounds(layout, [Round((), (Drop(0, 0, 1),))])
 
 
 def layout_of(shape: Topology, ranks: list[list[int]]) -> Layout:

@@ -26,7 +26,7 @@ from omni_placement.app import Parts
 from omni_placement.book import Exclusions, History, Outcome, Published
 from omni_placement.files import LayoutFiles
 from omni_placement.load.book import GroupName
-from omni_placement.migration import apply_round
+from omni_placement.migration import apply_rounds
 from omni_placement.session import Ack, Order, Session
 from omni_placement.settings import Settings
 
@@ -198,7 +198,7 @@ class Engine:
             await self.connect()
             return
         if self.done < len(self.order.rounds):
-            self.held = apply_round(self.held, self.order.rounds[self.done])
+            self.held = apply_rounds(self.held, [self.order.rounds[self.done]])
             self.done += 1
         is_last = self.done == len(self.order.rounds)
         if is_lost:

@@ -12,7 +12,6 @@ import pytest
 from omni.engine.v1 import engine_pb2
 from omni.engine.v1.worker_service_pb2 import DescribeRequest
 from omni.engine.v1.worker_service_pb2_grpc import WorkerServiceStub
-from omni_common.errors import InvalidRequest
 from omni_common.rpc import channel
 from omni_prefill.settings import Settings
 
@@ -76,23 +75,6 @@ async def test_a_wrong_setting_ends_the_process_with_2(setting, value, named):
             _, errors = await started.communicate()
         assert started.returncode == 2
         assert named in errors and errors.count(b"\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [("ROLE", "encode"), ("SIM__NUM_BLOCKS", "1"), ("PORT", "70000"), ("SIM__FAULTS__FAIL_PULLS", "2")],
-)
-def test_settings_out_of_range_are_named(variable, value):
-    with pytest.raises(InvalidRequest) as refused:
-        Settings.load({f"OMNI_PREFILL_{variable}": value})
-    assert variable.split("__")[0].lower() in str(refused.value)
-
-
-@pytest.mark.parametrize("variable", ["OMNI_PREFILL_KVSTORE", "OMNI_PREFILL_PLACEMENT"])
-@pytest.mark.parametrize("address", ["kv", "kv:0", "http://kv:50051", "fd00::1:50051"])
-def test_an_address_without_host_or_port_is_refused_by_name(variable, address):
-    with pytest.raises(InvalidRequest, match=rf"\({variable}\): '{address}': write host:port"):
-        Settings.load({variable: address})
 
 
 def test_role_and_name_have_defaults_of_the_service(tmp_path):

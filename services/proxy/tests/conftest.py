@@ -28,6 +28,7 @@ from omni_common.errors import OmniError, Unavailable
 from omni_common.rpc import Server, Servicer
 from omni_proxy.app import Proxy, running
 from omni_proxy.settings import Settings
+from omni_proxy.worker import GROUP_LABEL
 
 MODEL = "tiny"
 STORY = "The quick brown fox — naïve 🙂 jumps over 你好 lazy dogs and keeps on running. "
@@ -91,6 +92,10 @@ class FakeWorker:
     offset: int | None = None
     prefill_error: OmniError | None = None
     reject: tuple[str, str, str] | None = None
+    pulls: bool = True
+    """False: refuses handles, as an engine does whose blocks are of another kind."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """By worker id."""
     model: str = MODEL
     cached_tokens: int = 3
     prefills: list[prefill_pb.PrefillRequest] = field(default_factory=list)
@@ -102,6 +107,8 @@ class FakeWorker:
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
     held: asyncio.Event = field(default_factory=asyncio.Event)
     prefill_gate: asyncio.Event | None = None
+    gate_error: OmniError | None = None
+    """Behind the gate."""
     report_s: float | None = None
     life: Mapping[str, float] = field(default_factory=dict)
     """Of its reports: prompts before this proxy's."""
@@ -127,7 +134,7 @@ class FakeWorker:
         return engine_pb2.WorkerInfo(
             worker_id=self.worker_id, address=self.address, role=self.role, epoch=self.epoch, model=self.model,
             block_size=self.block_size, num_blocks=100, max_model_len=256, max_num_seqs=64, engine="fake",
-            kv_connector="fake", engine_id=self.worker_id,
+            kv_connector="fake", engine_id=self.worker_id, labels={GROUP_LABEL: self.groups.get(self.worker_id, "")},
         )  # fmt: skip
 
     async def Describe(self, request: Any, context: Any) -> worker_service_pb2.DescribeResponse:
@@ -164,6 +171,8 @@ class FakeWorker:
         try:
             if self.prefill_gate is not None:
                 await self.prefill_gate.wait()
+            if self.gate_error is not None:
+                raise self.gate_error
         except asyncio.CancelledError:
             self.aborted.put_nowait(request.request_id)
             raise
@@ -244,8 +253,11 @@ class FakeWorker:
 
     def _submit(self, submit: decode_pb.Submit, refused: list[Any]) -> None:
         self.submits.append(submit)
-        if self.reject is not None:
-            code, detail, field = self.reject
+        reject = self.reject
+        if not self.pulls and submit.HasField("kv_handle"):
+            reject = ("FAILED_PRECONDITION", "such blocks cannot be pulled here", "")
+        if reject is not None:
+            code, detail, field = reject
             refused.append(decode_pb.Rejected(stream_id=submit.stream_id, code=code, detail=detail, field=field))
             return
         tokens = list(submit.token_ids)

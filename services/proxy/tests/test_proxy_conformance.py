@@ -135,6 +135,18 @@ class Miscounts(Sound):
         return replace(super().choose(request, view), uncached_tokens=-1)
 
 
+class TakesGoingOnForAPrompt(Sound):
+    def choose(self, request, view):
+        decision = super().choose(request, view)
+        return decision if request.may_prefill else replace(decision, reason=Reason.NO_PREFILL)
+
+
+class CallsAPairAlone(Sound):
+    def choose(self, request, view):
+        decision = super().choose(request, view)
+        return replace(decision, reason=Reason.SHORT) if decision.prefill else decision
+
+
 class CostsNothingKnown(Sound):
     def choose(self, request, view):
         decision = super().choose(request, view)
@@ -216,6 +228,8 @@ class RemembersEverybody(Sound):
         (LeavesBlocksBehind, "cannot pull the blocks that wait|rows that are not candidates"),
         (Names, "'somebody' was chosen for decode and is not in the view"),
         (Miscounts, "uncached_tokens is -1, the worker that computes the prompt lacks"),
+        (TakesGoingOnForAPrompt, "the reason is no_prefill_worker for a request that goes on"),
+        (CallsAPairAlone, "the reason is uncached_part_short and prefill is"),
         (CostsNothingKnown, "decode_costs: value is NaN"),
         (HidesCosts, "states no finite cost|no cost is stated"),
         (Draws, "two policies made alike chose"),

@@ -20,9 +20,9 @@ from omni_proxy.explain import (
     prompt_decision,
     span_attributes,
 )
-from omni_proxy.fleet import Load
 from omni_proxy.phases import Phase, TenantMetrics
 from omni_proxy.scheduling.decision import Decision, LegCosts, Prediction, Reason
+from omni_proxy.worker import Load
 
 SECRET = "Tell a story"
 
@@ -51,9 +51,10 @@ async def ask(stack: Any, request_id: str, **changes: Any) -> Any:
 @dataclass
 class Account:
     decisions: list[Decision] = field(default_factory=lambda: [decision()])
+    prefill_worker: str = ""
 
     def seen(self) -> Mapping[str, Any]:
-        return {"queue_ms": 1.5}
+        return {"queue_ms": 1.5, "prefill_worker": self.prefill_worker}
 
 
 def request(request_id: str, sequences: int = 1) -> Explained:
@@ -93,7 +94,7 @@ def test_candidates_are_cheapest_first_and_as_many_as_asked() -> None:
     assert explained["candidates"]["prefill"][0] == {
         "worker": "worker-3", "cost": 0.0, "queue_ms": 3.0, "prefill_ms": 6.0,
     }  # fmt: skip
-    assert explained["predicted"]["ttft_ms"] == 3.0 and sequence["seen"] == {"queue_ms": 1.5}
+    assert explained["predicted"]["ttft_ms"] == 3.0 and sequence["seen"]["queue_ms"] == 1.5
     assert len(request("r").to_json()["sequences"][0]["decisions"][0]["candidates"]["decode"]) == 4
 
 
@@ -108,9 +109,17 @@ def test_a_summary_has_the_prompts_decision_without_candidates() -> None:
 
 def test_going_on_is_not_what_computed_the_prompt() -> None:
     first, going_on = decision(), decision(reason=Reason.CONTINUED)
-    assert prompt_decision([first, going_on]) is first
-    assert prompt_decision([going_on]) is going_on
-    assert prompt_decision([]) is None
+    assert prompt_decision(Account([first, going_on])) is first
+    assert prompt_decision(Account([going_on])) is going_on
+    assert prompt_decision(Account([])) is None
+
+
+@pytest.mark.parametrize("answered", ["early-3", "hedge-3"])
+def test_of_a_prefill_and_its_hedge_the_decision_is_that_of_the_worker_that_answered(answered: str) -> None:
+    decisions = [decision(name="early"), decision(name="hedge"), decision(reason=Reason.CONTINUED)]
+    hedged = Account(decisions, prefill_worker=answered)
+    assert Explained("r", [hedged]).summary()["decision"]["prefill"] == answered
+    assert json.loads(header_value(hedged))["prefill"] == answered
 
 
 @pytest.mark.parametrize(
@@ -123,7 +132,7 @@ def test_going_on_is_not_what_computed_the_prompt() -> None:
     ],
 )
 def test_the_header_is_bounded(name: str, candidates: int | None) -> None:
-    value = header_value([decision(workers=64, name=name)])
+    value = header_value(Account([decision(workers=64, name=name)]))
     assert len(value) <= MAX_HEADER_BYTES
     content = json.loads(value)
     if candidates is None:
@@ -133,16 +142,16 @@ def test_the_header_is_bounded(name: str, candidates: int | None) -> None:
 
 
 def test_the_header_is_ascii_and_json() -> None:
-    value = header_value([decision(name="knoten-ä\n")])
+    value = header_value(Account([decision(name="knoten-ä\n")]))
     assert value.isascii() and value.isprintable()
     assert json.loads(value)["decode"] == "knoten-ä\n-0"
-    assert header_value([]) == "{}"
+    assert header_value(Account([])) == "{}"
 
 
 def test_costs_that_are_not_finite_are_null() -> None:
     costs = LegCosts(np.arange(2), np.array([1.0, np.inf]), {"queue_ms": np.array([np.nan, 1.0])})
     endless = Decision(None, "a", Reason.SHORT, 1, "cost", ("a", "b"), alone_costs=costs)
-    for text in (header_value([endless]), span_attributes(endless)["omni.candidates"]):
+    for text in (header_value(Account([endless])), span_attributes(endless)["omni.candidates"]):
         assert "NaN" not in str(text) and "Infinity" not in str(text)
 
 

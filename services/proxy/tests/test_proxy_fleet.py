@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from omni_common.prefix_index import PrefixIndex
-from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
+from omni_proxy.fleet import Fleet
 from omni_proxy.flow.ticket import Ticket
 from omni_proxy.metrics import PrefixMetrics
 from omni_proxy.replica import Replica
@@ -16,6 +16,7 @@ from omni_proxy.room import FleetRoom, least_work
 from omni_proxy.scheduling.forecast import LoadCost
 from omni_proxy.scheduling.times import Priors, Seen, prompt_features
 from omni_proxy.scheduling.view import FleetView
+from omni_proxy.worker import GROUP_LABEL, Load, Member, Role, Worker
 
 
 class Port:
@@ -41,7 +42,7 @@ class Fixture:
     def put(self, name: str, role: Role = Role.BOTH, epoch: int = 1, **of: Any) -> Member:
         port: Any = Port()
         values = {"max_model_len": 1000, "max_num_seqs": 2, "engine": "e", "kv_connector": "c"}
-        worker = Worker(name, "", role, epoch, "m", 16, **values | of)
+        worker = Worker(name, "", role, epoch, **{"model": "m", "block_size": 16} | values | of)
         member = Member(worker, port, port, is_reachable=True)
         self.fleet.put(member)
         return member
@@ -116,6 +117,41 @@ async def test_the_view_is_of_those_that_take_work_in_any_order_of_slots(made: F
         assert (view.own_output_tokens[row], view.dispatched[row]) == (9, 1)
         assert before.own_requests[row] == 0, "a view does not change under whoever looks at it"
         assert view.times.queue_ms[row] > 0
+
+
+async def test_a_worker_of_another_model_counts_for_nothing(made: Fixture) -> None:
+    fleet = made.fleet
+    made.put("a")
+    other = made.put("b", model="other", max_model_len=10)
+    assert fleet.max_model_len == 1000
+    confidence = fleet.times.confidence()
+    for steps in (10, 20, 30):
+        other.load = Load(running=1, steps=steps, busy_ms=9e3 * steps, prompts=steps, prompt_tokens=1, prompt_busy_ms=1)
+    assert (made.seen, fleet.times.confidence()) == ([], confidence)
+    made.put("a", epoch=2, model="other")
+    assert fleet.max_model_len is None
+    assert made.view().ids == ()
+
+
+@pytest.mark.parametrize(
+    ("of", "can"),
+    [
+        pytest.param({}, True, id="alike"),
+        pytest.param({"block_size": 32}, False, id="another block size"),
+        pytest.param({"kv_connector": "other"}, False, id="another connector"),
+        pytest.param({"kv_connector": ""}, False, id="no connector"),
+        pytest.param({"labels": {GROUP_LABEL: "g2"}}, False, id="another group"),
+        pytest.param({"labels": {GROUP_LABEL: "g1"}}, True, id="the same group"),
+    ],
+)
+async def test_who_can_pull_whose_blocks(made: Fixture, of: dict[str, Any], can: bool) -> None:
+    holder = made.put("p", Role.PREFILL, labels={GROUP_LABEL: "g1"} if "labels" in of else {})
+    reader = made.put("d", Role.DECODE, **of)
+    view = made.view()
+    rows = [np.array([view.ids.index(name)]) for name in "pd"]
+    assert view.can_pair(*rows).item() is can
+    assert reader.worker.can_pull_from(holder.worker) is can
+    assert not holder.worker.can_pull_from(holder.worker)
 
 
 async def test_a_forecast_of_other_workers_is_refused(made: Fixture) -> None:
@@ -219,10 +255,12 @@ async def test_room_is_where_the_least_loaded_worker_is_soon_done(made: Fixture)
     with made.fleet.ledger.charge("p", (1000, 0)):
         assert room.drain_ms() == pytest.approx(takes_ms)
         assert room.room_in_ms(ticket) == pytest.approx(takes_ms - 20.0)
+        assert not room.is_short_of_decode(ticket), "prefill is what it waits for"
         made.put("q", Role.PREFILL)
         assert room.room_in_ms(ticket) == 0
     decode.load = Load(running=2, waiting=4)
     assert room.room_in_ms(ticket) > 20.0, "both seats are taken and four wait"
+    assert room.is_short_of_decode(ticket)
 
 
 async def test_room_is_where_steps_stay_within_the_slo(made: Fixture) -> None:

@@ -397,6 +397,30 @@ async def test_no_worker_is_503_at_once_or_after_a_wait():
         assert error_of(patient).reason == error_of(late).reason == "no_decode_worker"
 
 
+async def test_who_asks_long_after_the_last_worker_went_is_refused_at_once():
+    async with bench({"fixed_ms": math.inf}, worker_wait_ms=1000) as b:
+        b.gate.workers_changed()
+        await settle()
+        await b.timers.advance(1000)
+        assert error_of(await b.ask("late")).reason == "no_decode_worker"
+        b.room.fixed_ms = 0
+        b.gate.workers_changed()
+        assert (await b.ask("served")).done()
+        b.room.fixed_ms = math.inf
+        b.gate.workers_changed()
+        await settle()
+        assert not (await b.ask("just gone")).done()
+
+
+async def test_a_prediction_that_fails_as_workers_come_and_go_reaches_nobody():
+    """Who tells the gate is a membership, which would end by it."""
+    async with bench({"fixed_ms": 0}) as b:
+        b.room.drain_ms = lambda: [].pop()  # type: ignore[method-assign]
+        b.gate.workers_changed()
+        await settle()
+        assert (await b.ask("served")).done()
+
+
 async def test_who_waits_outlasts_a_short_absence_of_workers():
     async with bench({"fixed_ms": 50}, max_hold_ms=1000) as b:
         waiting = await b.ask("r")

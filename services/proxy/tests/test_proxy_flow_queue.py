@@ -268,6 +268,26 @@ def test_reconfiguring_moves_everyone_and_keeps_what_tenants_had():
     queue.offer(ticket("again"), 1)
 
 
+def test_tokens_attained_are_not_turns_had():
+    queue = queue_of()
+    queue.pass_by(ticket("r", "rich", uncached_tokens=5000), 0)
+    queue.reconfigure(FlowSettings(fairness="round_robin"), 1)
+    for number in range(40):
+        queue.offer(ticket(f"{number}", ("rich", "poor")[number % 2]), 1)
+    assert Counter(int(name) % 2 for name in popped(queue, 1)[:20]) == {0: 10, 1: 10}
+
+
+def test_who_comes_after_a_reconfiguration_joins_the_others_where_they_are():
+    queue = queue_of(fairness="round_robin")
+    for number in range(200):
+        queue.offer(ticket(f"{number}", "ab"[number % 2]), 0)
+    popped(queue)
+    queue.reconfigure(FlowSettings(fairness="round_robin", max_requests=77), 1)
+    for number in range(60):
+        queue.offer(ticket("cab"[number % 3], "cab"[number % 3]), 1)
+    assert Counter(popped(queue, 1)[:30]) == {"a": 10, "b": 10, "c": 10}
+
+
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(["offer", "offer", "offer", "pop", "remove", "expire", "reconfigure"]),

@@ -8,13 +8,14 @@ from prometheus_client import CollectorRegistry
 
 from omni_common.key_cache import KeyCache
 from omni_common.prefix_index import PrefixIndex
-from omni_proxy.fleet import Fleet, Load, Member, Role, Worker
+from omni_proxy.fleet import Fleet
 from omni_proxy.foresight import Foresight
 from omni_proxy.metrics import PrefixMetrics
 from omni_proxy.prompt_keys import PromptKeys
 from omni_proxy.replica import Replica
 from omni_proxy.scheduling.forecast import LoadCost
 from omni_proxy.scheduling.times import Priors, prompt_features
+from omni_proxy.worker import Load, Member, Role, Worker
 
 BLOCK = 16
 PROMPT = list(range(100, 200))

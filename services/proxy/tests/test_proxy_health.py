@@ -269,6 +269,12 @@ def test_the_budget_bounds_hedges_to_a_share_of_prefills():
     assert hedging.take()
 
 
+def test_hedging_that_is_switched_on_later_begins_with_the_ratio_it_is_given():
+    hedging = Hedging(HedgingSettings())
+    hedging.settings = HedgingSettings(enabled=True, first_ratio=5)
+    assert hedging.patience_ms(100) == 500
+
+
 def test_patience_is_the_quantile_of_what_was_seen():
     hedging = Hedging(HedgingSettings(enabled=True, quantile=0.9, min_wait_ms=10))
     assert hedging.patience_ms(100) == 300

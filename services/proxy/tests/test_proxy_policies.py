@@ -313,6 +313,23 @@ def test_who_joins_or_returns_gets_a_turn_and_no_more():
     assert [sent(policy, [late, *fleet])[1] for _ in range(6)] == ["d0", "d1", "d2"] * 2
 
 
+@pytest.mark.parametrize("name", sorted({*POLICIES} - {"session"}))
+def test_a_burst_does_not_all_go_to_who_has_just_joined(name):
+    """All are idle by their own word, which is older than the burst, and the newcomer has been sent the least ever."""
+    fleet = [p("p1", dispatched=500), p("p2", dispatched=500), d("d1", dispatched=500), d("d2", dispatched=500)]
+    fleet += [p("new-p"), d("new-d")]
+    policy, chosen = policy_of(name), Counter[str | None]()
+    for _ in range(30):
+        pair = sent(policy, fleet)
+        chosen.update(pair)
+        for row in fleet:
+            row.own_requests += row.worker_id in pair
+            row.own_prefills += row.worker_id == pair[0]
+            row.own_uncached_tokens += 100 * (row.worker_id == pair[0])
+            row.queue_ms += 10.0 * (row.worker_id == pair[0])
+    assert chosen["new-p"] <= 15 and chosen["new-d"] <= 15, chosen
+
+
 def test_power_of_two_takes_the_lesser_of_two():
     fleet = [d(f"d{load}", others_sequences=load, own_uncached_tokens=load) for load in range(10)]
     policy = policy_of("power_of_two", {"seed": 3})

@@ -13,12 +13,12 @@ from omni.decode.v1 import decode_service_pb2 as decode_pb
 from omni.decode.v1 import decode_service_pb2_grpc
 from omni.engine.v1 import engine_pb2, worker_service_pb2, worker_service_pb2_grpc
 from omni_common.rpc import Server, Servicer, channel
-from omni_proxy.fleet import Role
 from omni_proxy.links import WorkerLink
 from omni_proxy.metrics import Metrics
 from omni_proxy.ports import Submission
 from omni_proxy.sampling import Sampling
 from omni_proxy.wire import worker_from_wire
+from omni_proxy.worker import Role
 
 WATCH = "omni.engine.v1.WorkerService"
 DECODE = "omni.decode.v1.DecodeService"

@@ -338,10 +338,9 @@ def test_the_manual_names_every_order():
     assert not [name for name in ORDERS if f"`{name}`" not in section("Orders")]
 
 
-def test_the_example_of_the_manual_conforms_and_chooses():
-    example, check = re.findall(r"```python\n(.*?)```", MANUAL, re.DOTALL)
+def test_the_examples_of_the_manual_conform_and_choose():
     names: dict = {}
-    exec(example + check, names)
+    exec("".join(re.findall(r"```python\n(.*?)```", MANUAL, re.DOTALL)), names)
     names["test_conforms"]()
     fleet = [p("p1", own_uncached_tokens=9), p("p2"), d("d1", kv_usage=0.5), d("d2", kv_usage=0.4)]
     decision = names["ROOMY"].build("roomy", {"full_at": 0.8}).choose(SchedulingRequest(9), view_of(fleet))

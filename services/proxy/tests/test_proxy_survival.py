@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from omni_common.errors import Unavailable
+from omni_proxy.health import Cause, HealthSettings
 
 QUICK = {"stall_min_s": 1.0, "silence_s": 0.5, "same_event_s": 0.0, "ejection_s": 0.2, "ratio_min_legs": 1000}
 
@@ -70,6 +71,17 @@ async def test_a_stream_leaves_a_decode_worker_that_has_gone_quiet(start, stream
     assert stack.metric("omni_proxy_ejections_total", cause="silent") == 1
     assert stack.metric("omni_proxy_resumes_total") == 1
     await stack.until_settled()
+
+
+async def test_patience_that_is_changed_holds_for_the_workers_that_are_there(start):
+    stack = await start("p d1 d2", hold_after=9)
+    stack.proxy.fleet.health.settings = HealthSettings.model_validate(QUICK)
+    async with asyncio.timeout(20):
+        request = asyncio.create_task(answer(stack))
+        await held(stack)
+        said = await request
+    assert stack.metric("omni_proxy_resumes_total") == 1
+    assert said == await undisturbed(stack)
 
 
 async def test_a_worker_that_reports_may_be_late_for_longer(start):
@@ -141,6 +153,41 @@ async def test_a_hedge_that_loses_leaves_nothing(start):
     await stack.until_settled()
 
 
+async def test_a_hedge_that_fails_too_is_nobodys_win(start):
+    hedging = {"enabled": True, "min_wait_ms": 30, "first_ratio": 0.001, "budget_ratio": 1.0}
+    stack = await start("p1 p2 d", {"hedging": hedging})
+    plain = await answer(stack)
+    hedges = {won: stack.metric("omni_proxy_hedges_total", won=won) for won in ("first", "second")}
+    for name in ("p1", "p2"):
+        stack[name].prefill_gate, stack[name].gate_error = asyncio.Event(), Unavailable("died over it")
+        stack[name].prefill_started.clear()
+    async with asyncio.timeout(20):
+        request = asyncio.create_task(answer(stack))
+        for name in ("p1", "p2"):
+            await stack[name].prefill_started.wait()
+        for name in ("p1", "p2"):
+            stack[name].prefill_gate.set()
+        assert await request == plain
+    assert {won: stack.metric("omni_proxy_hedges_total", won=won) for won in hedges} == hedges
+    assert stack.metric("omni_proxy_hedges_total", won="neither") == 1
+    await stack.until_settled()
+
+
+async def test_what_is_counted_by_kind_begins_at_zero(start):
+    """Prometheus' rate does not see the event that begins a series."""
+    stack = await start("p d")
+    page = (await stack.client.get("/metrics")).text
+    for name, values in {
+        "retries_total{leg": ("prefill", "decode"),
+        "ejections_total{cause": Cause,
+        "ejections_spared_total{cause": Cause,
+        "hedges_total{won": ("first", "second", "neither"),
+        "replays_total{end": ("same", "differs"),
+    }.items():
+        for value in values:
+            assert f'omni_proxy_{name}="{value}"}} 0.0' in page
+
+
 async def test_a_failing_worker_is_left_alone_and_returns(start):
     stack = await start("p1 p2 d", quick(ejection_s=0.5) | {"policy": "round_robin"})
     plain = await answer(stack)
@@ -186,6 +233,30 @@ async def test_blocks_that_decode_may_be_reading_are_not_freed_when_the_client_l
     await stack.until_settled()
     assert stack["d"].submits[0].HasField("kv_handle")
     assert stack.metric("omni_proxy_kv_releases_total") == 0
+
+
+async def test_who_cannot_pull_the_blocks_computes_the_prompt(start):
+    stack = await start("p d")
+    plain = await answer(stack)
+    stack["d"].pulls = False
+    stack["d"].submits.clear()
+    async with asyncio.timeout(20):
+        assert await answer(stack) == await answer(stack, stream=True) == plain
+    assert [submit.HasField("kv_handle") for submit in stack["d"].submits] == [True, False] * 2
+    assert stack["p"].released == [request.request_id for request in stack["p"].prefills[1:]]
+    await stack.until_settled()
+
+
+async def test_blocks_stay_in_their_group_when_its_decode_worker_refuses(start):
+    stack = await start("p d1 d2", groups={"p": "g1", "d1": "g1", "d2": "g2"})
+    plain = await answer(stack)
+    assert stack["d1"].submits[-1].HasField("kv_handle")
+    stack["d1"].reject = ("RESOURCE_EXHAUSTED", "full", "")
+    async with asyncio.timeout(20):
+        assert await answer(stack) == plain
+    assert [submit.HasField("kv_handle") for submit in stack["d2"].submits] == [False]
+    assert stack["p"].released == [stack["p"].prefills[-1].request_id]
+    await stack.until_settled()
 
 
 async def test_blocks_are_for_one_decode_worker(start):

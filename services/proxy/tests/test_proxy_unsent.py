@@ -60,7 +60,7 @@ class Channel:
 async def stuck() -> AsyncIterator[tuple[Call, DecodeSession, list[Feed]]]:
     """Four sequences, of which the last one's client has left."""
     call, opened = Call(), asyncio.Event()
-    watch = StallWatch(HealthSettings.model_validate({}))
+    watch = StallWatch(lambda: HealthSettings.model_validate({}))
     channel: Any = Channel(call)
     session = DecodeSession(channel, "proxy", 5, Metrics(CollectorRegistry()), opened.set, watch)
     running = asyncio.create_task(session.run())

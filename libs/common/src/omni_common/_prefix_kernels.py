@@ -1,6 +1,5 @@
 """Loops of the prefix index, compiled by numba over plain arrays.
 
-All in one file: numba's cache on disk notices changes of a function's own file only, not of those it calls into.
 Integers that take part in unsigned arithmetic are wrapped in `np.uint64` throughout: numba turns a mix of signed and
 unsigned 64-bit operands into floats.
 """
@@ -8,17 +7,16 @@ unsigned 64-bit operands into floats.
 # mypy: disable-error-code="assignment,arg-type,return-value,no-any-return"
 # Scalars are annotated `int`; to mypy, what comes out of an array or a cast is something else.
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from omni_common.compiled import kernel
 
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
-F = TypeVar("F", bound=Callable[..., object])
 
 SET, POSITION, STAMP, HITS = 4, 5, 6, 7
 """Columns of `Rows.fields`; the first four are the key."""
@@ -72,22 +70,14 @@ class Sets(NamedTuple):
     """One set under construction."""
 
 
-def _kernel(function: F) -> F:
-    """Compiled on first call; kept on disk where numba finds a writable folder (see NUMBA_CACHE_DIR)."""
-    try:
-        return cast(F, numba.njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # a read-only installation without a writable home: compiled anew in each process
-        return cast(F, numba.njit(nogil=True)(function))
-
-
-@_kernel
+@kernel
 def _mixed(value: np.uint64) -> np.uint64:
     value = (value + _GOLDEN) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
-@_kernel
+@kernel
 def _lowest_bit(word: np.uint64) -> int:
     """Number of the lowest bit set; `word` is not 0."""
     number = 0
@@ -98,7 +88,7 @@ def _lowest_bit(word: np.uint64) -> int:
     return number
 
 
-@_kernel
+@kernel
 def _home(rows: Rows, first: np.uint64) -> int:
     slot = np.int64((first * _GOLDEN) >> np.uint64(rows.meta[SHIFT]))
     if slot >> 1 < rows.meta[EDGE]:
@@ -106,7 +96,7 @@ def _home(rows: Rows, first: np.uint64) -> int:
     return slot & ~1  # two rows fill a cache line: begin with the first of them
 
 
-@_kernel
+@kernel
 def _fetch(rows: Rows, keys: U64, salt: np.uint64, start: int) -> None:
     """Touch the rows of the next few keys together: on a big table each is a cache miss of its own."""
     touched = _ZERO
@@ -115,7 +105,7 @@ def _fetch(rows: Rows, keys: U64, salt: np.uint64, start: int) -> None:
     rows.meta[SINK] = np.int64(touched)
 
 
-@_kernel
+@kernel
 def _find(rows: Rows, first: np.uint64, second: np.uint64) -> int:
     """Slot of the key, or -1 - slot where it would go."""
     slot = _home(rows, first)
@@ -126,7 +116,7 @@ def _find(rows: Rows, first: np.uint64, second: np.uint64) -> int:
     return -1 - slot
 
 
-@_kernel
+@kernel
 def _place(rows: Rows, slot: int, first: np.uint64, second: np.uint64) -> int:
     """Make a row for the key, given the free slot that `_find` told, and return its slot; -1: the table ends here.
 
@@ -148,7 +138,7 @@ def _place(rows: Rows, slot: int, first: np.uint64, second: np.uint64) -> int:
     return slot
 
 
-@_kernel
+@kernel
 def _vacate(rows: Rows, slot: int) -> None:
     after = slot + 1
     while rows.fields[after, SET] != 0:
@@ -161,7 +151,7 @@ def _vacate(rows: Rows, slot: int) -> None:
     rows.meta[COUNT] -= 1
 
 
-@_kernel
+@kernel
 def spread(rows: Rows, num_slots: int) -> None:
     """Go on growing: move at least this many slots' rows to where the new size wants them."""
     top = edge = rows.meta[EDGE]
@@ -185,7 +175,7 @@ def spread(rows: Rows, num_slots: int) -> None:
             rows.words[slot, 3] = moved[i, 3]
 
 
-@_kernel
+@kernel
 def _unindex(sets: Sets, number: int) -> None:
     mask = len(sets.by_hash) - 1
     hole = np.int64(sets.hashes[number]) & mask
@@ -201,7 +191,7 @@ def _unindex(sets: Sets, number: int) -> None:
     sets.by_hash[hole] = 0
 
 
-@_kernel
+@kernel
 def _release(sets: Sets, number: int) -> None:
     """One row fewer names the set."""
     sets.refs[number] -= 1
@@ -211,7 +201,7 @@ def _release(sets: Sets, number: int) -> None:
         sets.meta[0] += 1
 
 
-@_kernel
+@kernel
 def _interned(sets: Sets, hashed: np.uint64) -> int:
     """Id of the drafted set. Needs a free id."""
     words = len(sets.draft)
@@ -244,7 +234,7 @@ def _interned(sets: Sets, hashed: np.uint64) -> int:
     return number
 
 
-@_kernel
+@kernel
 def _changed(sets: Sets, number: int, bit: int, gained: int, lost: int) -> int:
     """The set after member `bit` gained and lost these planes (bit masks)."""
     home, mask = bit >> 6, _ONE << np.uint64(bit & 63)
@@ -266,7 +256,7 @@ def _changed(sets: Sets, number: int, bit: int, gained: int, lost: int) -> int:
     return _interned(sets, hashed)
 
 
-@_kernel
+@kernel
 def _without(sets: Sets, number: int, dead: U64) -> int:
     """The set after all members in `dead` lost everything."""
     hashed = sets.hashes[number]
@@ -288,7 +278,7 @@ def _without(sets: Sets, number: int, dead: U64) -> int:
     return _interned(sets, hashed)
 
 
-@_kernel
+@kernel
 def _assign(rows: Rows, sets: Sets, slot: int, old: int, new: int) -> bool:
     """Let the row name another set; a row without holders goes. True: the old set is no more, its id free again."""
     if new == old:
@@ -304,14 +294,14 @@ def _assign(rows: Rows, sets: Sets, slot: int, old: int, new: int) -> bool:
     return sets.refs[old] == 0
 
 
-@_kernel
+@kernel
 def _forget(marks: Rows, first: np.uint64, second: np.uint64, salt: np.uint64) -> None:
     slot = _find(marks, first ^ salt, second)
     if slot >= 0:
         _vacate(marks, slot)
 
 
-@_kernel
+@kernel
 def update(
     rows: Rows, sets: Sets, marks: Rows, keys: U64, positions: U32, start: int, bit: int, salt: int,
     gained: int, lost: int, stamp: int,
@@ -349,7 +339,7 @@ def update(
     return len(keys)
 
 
-@_kernel
+@kernel
 def expect(
     rows: Rows, sets: Sets, marks: Rows, keys: U64, start: int, bit: int, salt: int,
     serial: int, stamp: int, marked: U64,
@@ -398,7 +388,7 @@ def expect(
     return len(keys)
 
 
-@_kernel
+@kernel
 def expire(rows: Rows, sets: Sets, marks: Rows, keys: U64, start: int, bit: int, salt: int, serial: int) -> int:
     """End the marks of keys[start:] that no later `expect` refreshed. A negative `bit`: the member is gone."""
     from_set, to_set = -1, -1
@@ -422,7 +412,7 @@ def expire(rows: Rows, sets: Sets, marks: Rows, keys: U64, start: int, bit: int,
     return len(keys)
 
 
-@_kernel
+@kernel
 def _pool_from(sets: Sets, number: int, tiers: I64) -> int:
     """First tier from which on a pool has the block; the number of tiers where none has."""
     for tier in range(len(tiers)):
@@ -434,7 +424,7 @@ def _pool_from(sets: Sets, number: int, tiers: I64) -> int:
     return len(tiers)
 
 
-@_kernel
+@kernel
 def _narrow(sets: Sets, number: int, block: int, tiers: I64, standing: U64, pooled: U32, depths: U32) -> bool:
     """Drop who cannot have this block, tier by tier, noting how far they came. False: nobody is left."""
     covered = _pool_from(sets, number, tiers)
@@ -456,7 +446,7 @@ def _narrow(sets: Sets, number: int, block: int, tiers: I64, standing: U64, pool
     return left
 
 
-@_kernel
+@kernel
 def lookup(rows: Rows, sets: Sets, keys: U64, tiers: I64, standing: U64, pooled: U32, depths: U32, stamp: int) -> int:
     """Longest prefix of `keys` per member bit and tier.
 
@@ -493,7 +483,7 @@ def lookup(rows: Rows, sets: Sets, keys: U64, tiers: I64, standing: U64, pooled:
     return walked
 
 
-@_kernel
+@kernel
 def sweep(rows: Rows, sets: Sets, start: int, stop: int, dead: U64, oldest: np.uint64, stamp: int) -> int:
     """From slot `start` down to `stop`: evict rows of at least this age, take dead members out of the others.
 
@@ -515,7 +505,7 @@ def sweep(rows: Rows, sets: Sets, start: int, stop: int, dead: U64, oldest: np.u
     return stop - 1
 
 
-@_kernel
+@kernel
 def reindex(sets: Sets) -> None:
     """Fill an empty `by_hash` with the ids in use."""
     mask = len(sets.by_hash) - 1

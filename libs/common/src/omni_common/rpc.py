@@ -124,8 +124,6 @@ def _streaming(handler: Any, name: str, parse: Callable[[bytes], Any]) -> Any:
                     yield response
             except OmniError as error:
                 await abort(context, error)
-            except grpc.aio.AbortError:
-                raise
             except Exception as error:
                 await _abort_internal(context, name, error)
 
@@ -136,8 +134,6 @@ def _streaming(handler: Any, name: str, parse: Callable[[bytes], Any]) -> Any:
             return await handler.stream_unary(_all_readable(requests), context)
         except OmniError as error:
             await abort(context, error)
-        except grpc.aio.AbortError:
-            raise
         except Exception as error:
             await _abort_internal(context, name, error)
 

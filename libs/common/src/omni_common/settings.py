@@ -100,11 +100,10 @@ class _CommandSettings(ServiceSettings):
     service = "cli"
 
 
-def tls_of_command(environ: Mapping[str, str] | None = None) -> TlsSettings:
+def tls_of_command() -> TlsSettings:
     """How a command reaches services: `OMNI_CLI_TLS__*`, or `OMNI_TLS__*` as services have it; raises as `load`."""
-    environ = os.environ if environ is None else environ
     prefixes = ("OMNI_CLI_TLS__", "OMNI_TLS__")
-    return _CommandSettings.load({name: raw for name, raw in environ.items() if name.startswith(prefixes)}).tls
+    return _CommandSettings.load({name: raw for name, raw in os.environ.items() if name.startswith(prefixes)}).tls
 
 
 def part_of(annotation: Any) -> type[BaseModel] | None:

@@ -6,6 +6,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from omni_kernels.case import dtype_name
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,8 +32,7 @@ def unsupported(argument: str, expected: str, came: object) -> NoReturn:
 
 def has_dtype(argument: str, x: Tensor, *dtypes: torch.dtype) -> None:
     if x.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        refuse(argument, f"dtype must be {names}", str(x.dtype).removeprefix("torch."))
+        refuse(argument, f"dtype must be {' or '.join(map(dtype_name, dtypes))}", dtype_name(x.dtype))
 
 
 def has_dims(argument: str, x: Tensor, dims: int) -> None:

@@ -71,8 +71,7 @@ async def running(settings: Settings, registry: CollectorRegistry) -> AsyncItera
             replica, watches, metrics, lease_s=settings.lease_s, max_lookup_blocks=settings.max_lookup_blocks
         )
         server = Server([servicer(wire)], settings.tls)
-        port = await server.start(f"{settings.host}:{settings.port}")
-        await server.set_serving(False)
+        port = await server.start(f"{settings.host}:{settings.port}", serving=False)
         stack.push_async_callback(server.stop, 0.0)
         stack.callback(feed.close)
         async with asyncio.TaskGroup() as tasks:

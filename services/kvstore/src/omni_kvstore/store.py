@@ -48,7 +48,6 @@ class Published:
 @dataclass(frozen=True, slots=True)
 class Reaped:
     ended: int
-    prolonged: int
     trash: int
     leases: int
 
@@ -97,9 +96,9 @@ class RedisStore:
         )
         return Renewal(bool(accepted), int(epoch), bool(wants))
 
-    async def leave(self, worker_id: str, epoch: int) -> bool:
-        """End the membership of that epoch at once; False if it is not the one in force."""
-        return bool(await self._run("leave", worker_id, epoch, self._limits.max_events))
+    async def leave(self, worker_id: str, epoch: int) -> None:
+        """End the membership of that epoch at once, if it is the one in force."""
+        await self._run("leave", worker_id, epoch, self._limits.max_events)
 
     async def want_snapshot(self, worker_id: str, epoch: int) -> None:
         """Have the epoch asked for a snapshot at its next heartbeat."""
@@ -147,8 +146,7 @@ class RedisStore:
 
     async def sweep(self, budget: int) -> int:
         """Remove at most `budget` entries of ended epochs; returns how many runs still wait."""
-        _, left = await self._run("sweep", budget)
-        return int(left)
+        return int(await self._run("sweep", budget))
 
     async def load(self) -> State:
         """All members at one point of the event stream.

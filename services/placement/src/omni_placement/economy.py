@@ -80,7 +80,7 @@ class Decision:
 
     Terms are of `layers`, over the horizon; where nothing is published, of the best choice there was: the layers whose
     gain comes nearest to paying, all that differ where none gains.
-    `current_ms` and `target_ms` are the time on slowest ranks of all layers under the layout in force and `layout`.
+    `current_ms` is the time on slowest ranks of all layers under the layout in force.
     """
 
     publish: bool
@@ -91,10 +91,8 @@ class Decision:
     risk_ms: float
     cost_ms: float
     current_ms: float
-    target_ms: float
     moved_bytes: int
     rounds: int
-    horizon_s: float
     ms_per_token: float
 
 
@@ -154,10 +152,8 @@ def decide(
         risk_ms=float(changes.risk_ms[order].sum()),
         cost_ms=cost_ms,
         current_ms=changes.current_ms,
-        target_ms=changes.current_ms - gain_ms,
         moved_bytes=int(changes.arrivals[order].sum()) * current.topology.expert_bytes,
         rounds=rounds,
-        horizon_s=forecast.horizon_s,
         ms_per_token=costs.ms_per_token,
     )
 

@@ -50,17 +50,12 @@ class Round:
     drops: tuple[Drop, ...] = ()
 
 
-def apply_round(layout: Layout, step: Round) -> Layout:
-    """The layout after a round.
+def apply_rounds(layout: Layout, steps: Iterable[Round]) -> Layout:
+    """The layout after all of them, in order; what lies between is not checked.
 
     Raises:
         InvalidRequest: a move's source does not hold its expert, or what is left is no layout.
     """
-    return apply_rounds(layout, (step,))
-
-
-def apply_rounds(layout: Layout, steps: Iterable[Round]) -> Layout:
-    """The layout after all of them, in order; what lies between is not checked. Raises as `apply_round`."""
     physical = layout.physical.copy()
     for step in steps:
         moving = [int(physical[move.layer, move.source_rank, move.source_slot]) for move in step.moves]

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from omni_common.errors import InvalidRequest
 from omni_placement.layout import Layout, Numbers, Topology, checked_load
+from omni_placement.outlines import same_outline
 
 Loads = npt.NDArray[np.float64]
 Pin = tuple[int, int, int]
@@ -40,7 +41,7 @@ class Problem:
             if self.spread.shape != self.load.shape or not (self.spread >= 0).all():
                 raise _infeasible("spread", f"must be {self.load.shape} numbers that are not negative")
             object.__setattr__(self, "spread", _floats(self.spread))
-        if self.current is not None and _outline(self.current.topology) != _outline(self.topology):
+        if self.current is not None and not same_outline(self.current.topology, self.topology):
             raise _infeasible("current", "has other layers, experts, ranks or slots than the topology")
         object.__setattr__(self, "pinned", tuple(sorted(set(self.pinned))))
         object.__setattr__(self, "excluded_ranks", frozenset(self.excluded_ranks))
@@ -112,10 +113,6 @@ def refuse(problem: Problem, solver: str, *fields: str) -> None:
     for name in fields:
         if getattr(problem, name):
             raise InvalidRequest(f"solver {solver!r} does not know {name}", field=name, reason="unsupported")
-
-
-def _outline(topology: Topology) -> tuple[int, ...]:
-    return *topology.shape, topology.num_experts
 
 
 def _floats(array: npt.NDArray[np.generic]) -> Loads:

@@ -25,7 +25,7 @@ MAX_SOLVER_CHARS = 64
 _SOLVED_BY = ("topology", "budget", "excluded_ranks", "pins", "max_replicas")
 
 _PHASES = {pb.PHASE_UNSPECIFIED: Phase.MIXED, pb.PHASE_PREFILL: Phase.PREFILL, pb.PHASE_DECODE: Phase.DECODE}
-_PHASES_TO_WIRE = {phase: wire for wire, phase in _PHASES.items()}
+PHASES_TO_WIRE = {phase: wire for wire, phase in _PHASES.items()}
 _OUTCOMES = {
     pb.MIGRATION_OUTCOME_UNSPECIFIED: Outcome.NONE,
     pb.MIGRATION_OUTCOME_APPLYING: Outcome.APPLYING,
@@ -75,7 +75,7 @@ def question_from_wire(name: GroupName, request: pb.PlanRequest) -> Question:
         return _exact_from_wire(name, request)
     return Question(
         name,
-        _topology_from_wire(request.topology) if request.HasField("topology") else None,
+        topology_from_wire(request.topology) if request.HasField("topology") else None,
         _load_from_wire(request.load).astype(np.float64) if request.HasField("load") else None,
         request.solver,
         request.publish,
@@ -198,7 +198,7 @@ def summary_to_wire(summary: LoadSummary) -> pb.GetLoadResponse:
 def _stream_to_wire(load: StreamLoad) -> pb.ReportedLoad:
     layers, experts = load.tokens.shape
     return pb.ReportedLoad(
-        phase=_PHASES_TO_WIRE[load.stream.phase],
+        phase=PHASES_TO_WIRE[load.stream.phase],
         traffic_class=load.stream.traffic_class,
         load=pb.ExpertLoad(num_layers=layers, num_experts=experts, tokens=load.tokens.ravel().tolist()),
         windows=load.windows,
@@ -238,7 +238,7 @@ def _counts(values: Iterable[int], field: str) -> npt.NDArray[np.int64]:
     return counts.astype(np.int64)
 
 
-def _topology_from_wire(topology: pb.Topology) -> Topology:
+def topology_from_wire(topology: pb.Topology) -> Topology:
     return Topology(
         topology.num_layers,
         topology.num_experts,
@@ -252,8 +252,22 @@ def _topology_from_wire(topology: pb.Topology) -> Topology:
     )
 
 
+def topology_to_wire(topology: Topology) -> pb.Topology:
+    return pb.Topology(
+        num_layers=topology.num_layers,
+        num_experts=topology.num_experts,
+        num_ranks=topology.num_ranks,
+        slots_per_rank=topology.slots_per_rank,
+        ranks_per_host=topology.ranks_per_host,
+        rank_slots=topology.rank_slots,
+        shared_ranks=topology.shared_ranks,
+        num_groups=topology.num_groups,
+        expert_bytes=topology.expert_bytes,
+    )
+
+
 def _layout_from_wire(layout: pb.Layout, field: str) -> Layout:
-    topology = _topology_from_wire(layout.topology)
+    topology = topology_from_wire(layout.topology)
     slots = np.array(layout.physical_to_logical, dtype=np.int32)
     if len(slots) != np.prod(topology.shape):
         message = f"{len(slots)} slots are not {topology.shape}"
@@ -262,23 +276,11 @@ def _layout_from_wire(layout: pb.Layout, field: str) -> Layout:
 
 
 def _layout_to_wire(name: GroupName, version: int, solver: str, layout: Layout) -> pb.Layout:
-    shape = layout.topology
-    topology = pb.Topology(
-        num_layers=shape.num_layers,
-        num_experts=shape.num_experts,
-        num_ranks=shape.num_ranks,
-        slots_per_rank=shape.slots_per_rank,
-        ranks_per_host=shape.ranks_per_host,
-        rank_slots=shape.rank_slots,
-        shared_ranks=shape.shared_ranks,
-        num_groups=shape.num_groups,
-        expert_bytes=shape.expert_bytes,
-    )
     return pb.Layout(
         model=name.model,
         group=name.group,
         layout_version=version,
-        topology=topology,
+        topology=topology_to_wire(layout.topology),
         physical_to_logical=layout.physical.ravel().tolist(),
         solver=solver,
     )

@@ -20,7 +20,7 @@ from omni_common.rpc import channel
 from omni_proxy.admission import Admission
 from omni_proxy.bodies import HttpLimits
 from omni_proxy.config_watch import ConfigMetrics, ConfigPage, ConfigWatcher, Live
-from omni_proxy.fleet import Fleet, Worker
+from omni_proxy.fleet import Fleet
 from omni_proxy.flow.gate import FlowGate
 from omni_proxy.flow.metrics import FlowMetrics
 from omni_proxy.flow.queue import FlowQueue
@@ -34,10 +34,11 @@ from omni_proxy.membership import KvStoreMembership, StaticMembership
 from omni_proxy.metrics import Metrics
 from omni_proxy.openai_requests import Served
 from omni_proxy.prompt_keys import PromptKeys
+from omni_proxy.pulse import Pulse
 from omni_proxy.replica import Replica
 from omni_proxy.room import FleetRoom
 from omni_proxy.roster import Roster
-from omni_proxy.saturation import Saturation, SaturationMetrics
+from omni_proxy.saturation import Saturation, SaturationMetrics, Waiting
 from omni_proxy.schedule_config import ScheduleConfig
 from omni_proxy.scheduling.forecast import LoadCost
 from omni_proxy.scheduling.times import WorkerTimes
@@ -47,6 +48,7 @@ from omni_proxy.settings import Settings
 from omni_proxy.status import StatusPages
 from omni_proxy.tenants import Tenants
 from omni_proxy.text import ModelText
+from omni_proxy.worker import Worker
 
 _RELEASE_KV = "omni.prefill.v1.PrefillService/ReleaseKv"
 _DESCRIBE = "omni.engine.v1.WorkerService/Describe"
@@ -97,13 +99,14 @@ async def running(settings: Settings, registry: CollectorRegistry, tracer: Trace
         statics = [StaticMembership(a, connect, roster, settings.connect_timeout_s) for a in settings.workers]
         steering = _steering(settings.scheduler_config, base, live, fleet, registry)
         api = _api(settings, text, fleet, metrics, admission, tracer, steering)
-        saturation = Saturation(fleet, lambda: live.value.slo.slo, lambda: steering.gate.waiting_ms)
+        pulse = Pulse(registry)
+        saturation = Saturation(fleet, lambda: live.value.slo.slo, steering.waiting, pulse)
         explanations = api.scheduler.explanations
         pages = StatusPages(fleet, admission, metrics, kvstore, settings.model, explanations, saturation, statics)
         metrics.readings.use(pages.observe, SaturationMetrics(saturation, registry).observe)
         kv = KvPages(fleet, api.scheduler.keys, text, api.served, api.limits)
         config = ConfigPage(live, settings.scheduler_config)
-        watched = [source for source in (kvstore, steering.watcher, *statics) if source is not None]
+        watched = [source for source in (pulse, kvstore, steering.watcher, *statics) if source is not None]
         sources = [asyncio.create_task(source.run()) for source in watched]
         try:
             yield Proxy(create_app(api, pages, kv, config), fleet, admission)
@@ -145,9 +148,14 @@ class _Steering:
 
     policy: LivePolicy
     gate: FlowGate
+    room: FleetRoom
     tenants: Tenants
     hedging: Hedging
     watcher: ConfigWatcher | None
+
+    def waiting(self) -> Waiting:
+        head = self.gate.head
+        return Waiting(self.gate.waiting_ms, head is not None and self.room.is_short_of_decode(head))
 
 
 def _steering(
@@ -156,7 +164,7 @@ def _steering(
     config, metrics, flow_metrics = live.value, ConfigMetrics(registry), FlowMetrics(registry)
     room = FleetRoom(fleet, config.flow.lookahead_ms)
     gate = FlowGate(FlowQueue(config.flow), room, flow_metrics)
-    fleet.subscribe(gate.poke)
+    fleet.subscribe(gate.workers_changed)
     policy, tenants = LivePolicy(config), Tenants(config.tenants, config.slo.slo, flow_metrics)
     hedging = Hedging(config.hedging)
     metrics.show(config)
@@ -172,7 +180,7 @@ def _steering(
 
     live.subscribe(apply)
     watcher = None if path is None else ConfigWatcher(path, base, live, metrics)
-    return _Steering(policy, gate, tenants, hedging, watcher)
+    return _Steering(policy, gate, room, tenants, hedging, watcher)
 
 
 def _base(settings: Settings) -> ScheduleConfig:

@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from omni_common.errors import OmniError
+from omni_proxy.metrics import from_zero
 from omni_proxy.schedule_config import ScheduleConfig
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,11 @@ class Live(Generic[T]):
 
 class ConfigMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.reloads = Counter(
+        reloads = Counter(
             "omni_proxy_config_reloads", "Changes of the scheduler's file, by what became of them", ["result"],
             registry=registry,
         )  # fmt: skip
+        self.reloads = from_zero(reloads, ("applied", "invalid", "failed"))
         self._info = Gauge("omni_proxy_config_info", "1 for the values in force", ["digest"], registry=registry)
 
     def show(self, config: ScheduleConfig) -> None:

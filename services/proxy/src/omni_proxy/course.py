@@ -8,7 +8,6 @@ from omni_common.errors import Code, DeadlineExceeded
 from omni_proxy.continuation import FirstToken
 from omni_proxy.explain import span_attributes
 from omni_proxy.feed import Feed
-from omni_proxy.fleet import Worker
 from omni_proxy.foresight import Foresight
 from omni_proxy.ports import KvHandle, PrefillPort
 from omni_proxy.scheduling.decision import Decision
@@ -16,6 +15,7 @@ from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import FleetView
 from omni_proxy.sequence import Scheduler, SequenceJob, SequenceRecord
 from omni_proxy.tracing import RequestTrace
+from omni_proxy.worker import Worker
 
 FINAL = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNAUTHENTICATED, Code.DEADLINE_EXCEEDED})
 """Errors that another worker would answer alike."""
@@ -73,7 +73,7 @@ class Course:
         request = SchedulingRequest(
             prompt_tokens=len(job.prompt) + generated,
             may_prefill=may_prefill,
-            kv_connector=lease.worker.kv_connector if lease else None,
+            kv_connector=lease.worker.kv_kind if lease else None,
             held_by=lease.worker.id if lease else None,
             excluded=frozenset(self.excluded if beside is None else {*self.excluded, beside}),
             output_tokens=left,

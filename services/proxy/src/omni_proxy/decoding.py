@@ -9,18 +9,18 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from omni_common.errors import OmniError, Unavailable
+from omni_common.errors import Code, OmniError, Unavailable
 from omni_proxy.attempt import Attempt
 from omni_proxy.continuation import Continuation, continuation, resumes_by_replay, resumes_exactly
 from omni_proxy.course import FINAL, Course
 from omni_proxy.feed import End, Feed
-from omni_proxy.fleet import Member, Worker
 from omni_proxy.foresight import Computing
 from omni_proxy.ledger import Charge
 from omni_proxy.marks import Mark
 from omni_proxy.patience import patience
 from omni_proxy.ports import FinishReason, KvHandle, LogprobRow, SequenceStart, Submission
 from omni_proxy.sequence import TokenBatch
+from omni_proxy.worker import Member, Worker
 
 ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 _PAUSE_S = 0.1
@@ -122,6 +122,7 @@ class Decoding:
         `fruitless`: legs in a row, this one included, that brought no token.
         """
         error, course = _error_of(end), self._course
+        may_compute = course.lease is not None and _cannot_pull(end)
         if not self._keeps_lease(end):
             course.give_up_lease()
         if error.code in FINAL:
@@ -134,7 +135,7 @@ class Decoding:
         if not fruitless:
             # Those that broke earlier have had the time of a few tokens to recover.
             course.excluded.clear()
-        if error.reason != _HOLDER_QUIET:
+        if error.reason != _HOLDER_QUIET and not may_compute:
             course.excluded.add(member.worker.id)
         if end.rejected and not self._has_another():
             if not course.sent:
@@ -207,7 +208,9 @@ class Decoding:
         except OmniError as error:
             attempt.failed(error)
             raise
-        if handle is not None and course.lease is not None:
+        if handle is None:
+            course.give_up_lease()
+        elif course.lease is not None:
             course.lease.reader = feed
         stack.callback(decode.abort, feed)
         self._mark = None if handle else stack.enter_context(foresight.mark(worker))
@@ -221,12 +224,12 @@ class Decoding:
             return False
         if end.rejected:
             lease.reader = None
-        return not lease.is_told and _error_of(end).reason != _HOLDER_QUIET
+        return not lease.is_told and not _cannot_pull(end) and _error_of(end).reason != _HOLDER_QUIET
 
     def _pulled(self, worker: Worker) -> KvHandle | None:
         """Of the blocks that wait for the worker, if it can pull them and they still are all it needs."""
         lease = self._course.lease
-        if lease is None or lease.worker.kv_connector != worker.kv_connector or len(self._course.sent) > 1:
+        if lease is None or not worker.can_pull_from(lease.worker) or len(self._course.sent) > 1:
             return None
         return lease.handle
 
@@ -302,6 +305,11 @@ class Decoding:
         except Unavailable:
             return False
         return True
+
+
+def _cannot_pull(end: End) -> bool:
+    """The worker will not have these blocks; the prompt it may well compute."""
+    return end.rejected and end.error is not None and end.error.code is Code.FAILED_PRECONDITION
 
 
 def _error_of(end: End) -> OmniError:

@@ -67,7 +67,7 @@ class Explained:
 
     def summary(self) -> dict[str, Any]:
         """One line: the first sequence's decision stands for all."""
-        decision = prompt_decision(self.sequences[0].decisions)
+        decision = prompt_decision(self.sequences[0])
         explained = None if decision is None else decision.explained(0)
         if explained is not None:
             del explained["candidates"]
@@ -124,15 +124,19 @@ class Explanations:
             self._num_sequences -= len(request.sequences)
 
 
-def prompt_decision(decisions: Sequence[Decision]) -> Decision | None:
-    """The one by which the prompt was computed: the last that was not about going on."""
+def prompt_decision(account: Account) -> Decision | None:
+    """The one by which the prompt was computed: of those that were not about going on the one whose prefill worker
+    answered, as of two beside each other the earlier one may have, else the last.
+    """
+    decisions, answered = account.decisions, account.seen().get("prefill_worker")
     prompts = [decision for decision in decisions if decision.reason is not Reason.CONTINUED]
-    return (prompts or decisions)[-1] if decisions else None
+    by_answer = [decision for decision in prompts if answered and decision.prefill == answered]
+    return (by_answer or prompts or decisions)[-1] if decisions else None
 
 
-def header_value(decisions: Sequence[Decision]) -> str:
+def header_value(account: Account) -> str:
     """The prompt's decision as ASCII JSON of at most `MAX_HEADER_BYTES`: fewer candidates where it is long."""
-    decision = prompt_decision(decisions)
+    decision = prompt_decision(account)
     if decision is None:
         return "{}"
     for limit in _HEADER_CANDIDATES:

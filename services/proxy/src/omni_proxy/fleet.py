@@ -1,4 +1,4 @@
-"""The workers as this proxy sees them: who they are, whether they can be reached, their last load.
+"""All workers as this proxy sees them: who takes work, and what a prompt meets there.
 
 Written by the membership and the links on the event loop, read by the scheduler.
 """
@@ -6,8 +6,6 @@ Written by the membership and the links on the event loop, read by the scheduler
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -15,115 +13,12 @@ import numpy as np
 from omni_proxy.attempt import Attempt
 from omni_proxy.health import Health, HealthSettings
 from omni_proxy.ledger import Ledger
-from omni_proxy.ports import DecodePort, PrefillPort
 from omni_proxy.replica import Holder, Replica
 from omni_proxy.scheduling.columns import INTS, Columns
 from omni_proxy.scheduling.forecast import LoadCost, Outlook
 from omni_proxy.scheduling.times import Capacity, Seen, WorkerTimes
 from omni_proxy.scheduling.view import FleetView, Floats, Ints, Pairing, Rows
-
-GROUP_LABEL = "omni.group"
-"""Prefill and decode workers pair within a group."""
-HARDWARE_LABEL = "omni.hardware"
-"""Workers of one engine and hardware are taken to be alike until seen."""
-
-
-class Role(StrEnum):
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """What a worker is; constant for one epoch, but for its role."""
-
-    id: str
-    address: str
-    role: Role
-    epoch: int
-    model: str
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int = 0
-    kv_connector: str = ""
-    engine: str = ""
-    num_blocks: int = 0
-    max_num_batched_tokens: int = 0
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A worker's own account of its load; `others_*` is the work of other proxies.
-
-    Since the worker's epoch began `steps` generated tokens and took `busy_ms` in all while `computed_prompt_tokens`
-    were computed, and `prompts` with `prompt_tokens` uncached ones took `prompt_busy_ms`, whoever sent them.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    queued_tokens: int = 0
-    kv_usage: float = 0.0
-    leases: int = 0
-    step_ms: float = 0.0
-    draining: bool = False
-    others_prefills: int = 0
-    others_uncached_tokens: int = 0
-    others_sequences: int = 0
-    context_tokens: int = 0
-    steps: int = 0
-    busy_ms: float = 0.0
-    computed_prompt_tokens: int = 0
-    prompts: int = 0
-    prompt_tokens: int = 0
-    prompt_busy_ms: float = 0.0
-
-
-@dataclass(slots=True)
-class Member:
-    """One worker and its state. `is_listed` turns false when the kvstore says that it left."""
-
-    worker: Worker
-    prefill: PrefillPort | None
-    decode: DecodePort | None
-    is_reachable: bool = False
-    is_listed: bool = True
-    is_draining: bool = False
-    on_load: "Callable[[Load, Load], None] | None" = None
-    """Hears the load before and now."""
-    _load: Load = field(default_factory=Load)
-
-    @property
-    def load(self) -> Load:
-        return self._load
-
-    @load.setter
-    def load(self, load: Load) -> None:
-        before, self._load = self._load, load
-        if self.on_load is not None:
-            self.on_load(before, load)
-
-    @property
-    def prefills(self) -> bool:
-        return self.prefill is not None and self.worker.role is not Role.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        return self.decode is not None and self.worker.role is not Role.PREFILL
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the worker takes no work; None if it does."""
-        if not self.is_listed:
-            return "left"
-        if not self.is_reachable:
-            return "unreachable"
-        if self.is_draining or self.load.draining:
-            return "draining"
-        if self.decodes and self.decode is not None and not self.decode.ready:
-            return "no session"
-        return None
+from omni_proxy.worker import HARDWARE_LABEL, Load, Member, Worker
 
 
 class _Usable(NamedTuple):
@@ -204,11 +99,13 @@ class Fleet:
             earlier.on_load = None
         self._members[worker.id] = member
         self.health.forget(worker.id)
-        self.times.join(slot, _capacity(worker))
-        member.on_load = lambda before, load: self._loaded(member, slot, before, load)
-        self._loaded(member, slot, Load(), member.load)
         if self._serves(member):
+            self.times.join(slot, _capacity(worker))
+            member.on_load = lambda before, load: self._loaded(member, slot, before, load)
+            self._loaded(member, slot, Load(), member.load)
             self.replica.adopt(Holder(worker.id, worker.epoch))
+        else:
+            self.times.leave(slot)
         self.signal()
 
     def drop(self, worker_id: str) -> None:
@@ -241,8 +138,8 @@ class Fleet:
     @property
     def max_model_len(self) -> int | None:
         """Tokens that every usable decode worker can hold."""
-        lengths = [m.worker.max_model_len for m in self._members.values() if m.decodes and m.worker.max_model_len]
-        return min(lengths, default=None)
+        lengths = [m.worker.max_model_len for m in self._members.values() if m.decodes and self._serves(m)]
+        return min(filter(None, lengths), default=None)
 
     @property
     def can_decode(self) -> bool:
@@ -362,7 +259,7 @@ class Fleet:
             ids=tuple(w.id for w in workers),
             prefills=prefills,
             decodes=decodes,
-            pairing=Pairing([w.kv_connector for w in workers], [w.labels.get(GROUP_LABEL, "") for w in workers]),
+            pairing=Pairing([w.kv_kind for w in workers], [w.group for w in workers]),
             labels=tuple(w.labels for w in workers),
             max_num_seqs=np.array([w.max_num_seqs for w in workers], np.int64),
             by_block_size={

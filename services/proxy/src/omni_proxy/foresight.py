@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from omni_proxy.fleet import Fleet, PromptForecast, Worker
+from omni_proxy.fleet import Fleet, PromptForecast
 from omni_proxy.ledger import Charge
 from omni_proxy.marks import Mark
 from omni_proxy.metrics import PrefixMetrics
@@ -12,6 +12,7 @@ from omni_proxy.scheduling.forecast import reusable_tokens
 from omni_proxy.scheduling.times import Seen, prompt_features
 from omni_proxy.scheduling.view import FleetView, Floats
 from omni_proxy.tracing import Attribute
+from omni_proxy.worker import Worker
 
 
 class Foresight:

@@ -72,7 +72,7 @@ class Generation:
         """Of an answer, as far as the request has come."""
         headers = {"x-request-id": self.request_id, **self._rate_headers}
         if self._explains:
-            headers[DECISION_HEADER] = header_value(self.choices[0].run.record.decisions)
+            headers[DECISION_HEADER] = header_value(self.choices[0].run.record)
         return headers
 
     async def run(self, on_piece: OnPiece) -> None:

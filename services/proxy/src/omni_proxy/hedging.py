@@ -33,7 +33,7 @@ class Hedging:
     def __init__(self, settings: HedgingSettings) -> None:
         self.settings = settings
         self._ratios: deque[float] = deque(maxlen=_REMEMBERED)
-        self._late_ratio = settings.first_ratio
+        self._late_ratio: float | None = None
         self._seen = 0
         self._budget = 0.0
 
@@ -43,7 +43,8 @@ class Hedging:
         if not settings.enabled:
             return None
         self._budget = min(settings.budget_burst, self._budget + settings.budget_ratio)
-        return max(settings.min_wait_ms, self._late_ratio * predicted_ms)
+        ratio = settings.first_ratio if self._late_ratio is None else self._late_ratio
+        return max(settings.min_wait_ms, ratio * predicted_ms)
 
     def take(self) -> bool:
         """Pay for one hedge, if the budget holds one."""

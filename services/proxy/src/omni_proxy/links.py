@@ -18,13 +18,13 @@ from omni.prefill.v1 import prefill_service_pb2_grpc
 from omni_common.errors import Unavailable
 from omni_common.rpc_errors import from_rpc_error, log_fields
 from omni_proxy.backoff import Backoff
-from omni_proxy.fleet import Load, Member, Role, Worker
 from omni_proxy.health import Health, HealthSettings
 from omni_proxy.metrics import Metrics
 from omni_proxy.ports import PrefillAnswer, PrefillOrder
 from omni_proxy.sessions import DecodeSession
 from omni_proxy.stalls import TICK_S, StallWatch
 from omni_proxy.wire import load_from_wire, prefill_from_wire, prefill_to_wire, role_from_wire
+from omni_proxy.worker import Load, Member, Role, Worker
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class WorkerLink:
     ) -> None:
         self._channel = channel
         self._health = health or Health(HealthSettings.model_validate({}))
-        self._watch = StallWatch(self._health.settings)
+        self._watch = StallWatch(lambda: self._health.settings)
         self._stats: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)  # type: ignore[no-untyped-call]
         self._request = worker_pb.WatchStatsRequest(min_interval_ms=stats_interval_ms, proxy_id=proxy_id)
         self._on_change = on_change

@@ -1,6 +1,6 @@
 """Prometheus metrics of the proxy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -28,6 +28,13 @@ class Labelled(Generic[M]):
         self.labels: Callable[..., M] = cache(metric.labels)
 
 
+def from_zero(counter: Counter, values: Iterable[str]) -> Counter:
+    """With a series for each of its label's values: `rate` does not see the event that begins a series."""
+    for value in values:
+        counter.labels(value)
+    return counter
+
+
 class Metrics:
     """Names start with `omni_proxy_`."""
 
@@ -50,7 +57,8 @@ class Metrics:
         self.first_tokens = Labelled(
             Counter("omni_proxy_first_tokens", "First tokens by source", ["source"], registry=registry)
         )
-        self.retries = Counter("omni_proxy_retries", "Legs tried again before a token", ["leg"], registry=registry)
+        retries = Counter("omni_proxy_retries", "Legs tried again before a token", ["leg"], registry=registry)
+        self.retries = from_zero(retries, ("prefill", "decode"))
         self.resumes = Counter("omni_proxy_resumes", "Sequences continued on another session", registry=registry)
         self.aborts = Counter("omni_proxy_aborts", "Running sequences stopped from here", registry=registry)
         self.releases = Counter("omni_proxy_kv_releases", "Leases ended early", registry=registry)
@@ -102,14 +110,18 @@ class HealthMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.workers = Gauge("omni_proxy_worker_health", "Reachable workers by circuit", ["state"], registry=registry)
-        self.ejections = Counter("omni_proxy_ejections", "Workers taken out", ["cause"], registry=registry)
-        self.spared = Counter(
+        ejections = Counter("omni_proxy_ejections", "Workers taken out", ["cause"], registry=registry)
+        self.ejections = from_zero(ejections, Cause)
+        spared = Counter(
             "omni_proxy_ejections_spared", "Not taken out, since too many others are", ["cause"], registry=registry
         )
-        self.hedges = Counter("omni_proxy_hedges", "Second prefills by who answered first", ["won"], registry=registry)
-        self.replays = Counter(
+        self.spared = from_zero(spared, Cause)
+        hedges = Counter("omni_proxy_hedges", "Second prefills by who answered first", ["won"], registry=registry)
+        self.hedges = from_zero(hedges, ("first", "second", "neither"))
+        replays = Counter(
             "omni_proxy_replays", "Resumptions that ran a sequence again from its prompt", ["end"], registry=registry
         )
+        self.replays = from_zero(replays, ("same", "differs"))
         self.fallbacks = Counter(
             "omni_proxy_pull_fallbacks", "Prompts computed on decode as no blocks arrived", registry=registry
         )

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from omni_common.errors import OmniError, Unavailable
 from omni_proxy.course import FINAL, Course, Lease
-from omni_proxy.fleet import Member, Worker
 from omni_proxy.patience import patience
 from omni_proxy.ports import PrefillAnswer, PrefillOrder, PrefillPort
 from omni_proxy.scheduling.decision import Decision
+from omni_proxy.worker import Member, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Prefilling:
                 self._course.record.is_hedged = True
             winner = await _first(set(legs))
             if len(legs) > 1:
-                metrics.hedges.labels(legs[winner]).inc()
+                metrics.hedges.labels(legs[winner] if _has_answer(winner) else "neither").inc()
                 if not first.done():
                     # It would have taken at least this long.
                     self._saw(predicted_ms, began)

@@ -1,6 +1,7 @@
 """Gauges that are set when somebody asks for metrics."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
@@ -8,6 +9,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 _LONGEST_S = 2.0
+log = logging.getLogger(__name__)
 
 
 class Readings(Collector):
@@ -44,17 +46,16 @@ class Readings(Collector):
 
     def _read(self) -> None:
         for read in self._reads:
-            read()
+            try:
+                read()
+            except Exception as error:  # a plug-in may raise anything: what was set last is told, and all the rest
+                log.warning("a metric could not be read", extra={"error": type(error).__name__})
 
     def _read_for(self, done: "Future[None]") -> None:
         if not done.set_running_or_notify_cancel():
             return
-        try:
-            self._read()
-        except Exception as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
+        self._read()
+        done.set_result(None)
 
 
 def _loop_here() -> asyncio.AbstractEventLoop | None:

@@ -34,9 +34,17 @@ class FleetRoom:
         return max(0.0, wait_ms - self.lookahead_ms)
 
     def drain_ms(self) -> float:
-        """Until the least loaded worker has computed what was sent to it; inf where there is none."""
-        slots = self._fleet.computing_slots()
-        return float(self._fleet.times.free_in_ms(slots, self._fleet.now()).min()) if len(slots) else math.inf
+        """Until the least loaded worker has computed what was sent to it; inf: no worker takes work."""
+        if not len(self._fleet.deciding_slots()):
+            return math.inf
+        return float(self._fleet.times.free_in_ms(self._fleet.computing_slots(), self._fleet.now()).min())
+
+    def is_short_of_decode(self, ticket: Ticket) -> bool:
+        """A seat or the pace of a decode worker, and not a prompt's turn, is what the ticket waits for."""
+        deciding = self._fleet.deciding_slots()
+        if not len(deciding):
+            return False
+        return self._seat_ms(ticket, deciding) > max(self._prompt_ms(ticket), self.lookahead_ms)
 
     def _prompt_ms(self, ticket: Ticket) -> float:
         """Until a worker has computed what is ahead; 0 where that and the prompt are a small part of one step."""

@@ -4,8 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection
 
-from omni_proxy.fleet import Fleet, Worker
+from omni_proxy.fleet import Fleet
 from omni_proxy.links import WorkerLink
+from omni_proxy.worker import Worker
 
 log = logging.getLogger(__name__)
 

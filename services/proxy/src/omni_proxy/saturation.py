@@ -2,9 +2,10 @@
 
     prefill  predicted backlog of the mean worker / what a first token may take
     decode   the largest of: seats taken, KV blocks taken, predicted step / inter-token SLO; of the mean worker
+    proxy    share of a core that this proxy's event loop takes, which has one
 
-What waits in the proxy counts as prefill's backlog, even where decode's steps are the bound that holds it: then decode
-is at 0.95 or more. Workers of both roles count in both.
+What waits in the proxy counts as prefill's backlog. Where it waits for a seat at decode, or for its steps to be short
+enough, it does not, and decode is at 1 or more. Workers of both roles count in both.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Gauge
 
 from omni_proxy.fleet import Fleet
+from omni_proxy.pulse import Pulse
 from omni_proxy.scheduling.request import Slo
 from omni_proxy.scheduling.view import Floats, Rows
 
@@ -24,37 +26,46 @@ _TTFT_MS = 2000.0
 
 @dataclass(frozen=True, slots=True)
 class RoleLoad:
-    """Means over the role's workers that take work; shares may exceed 1."""
+    """Means over the role's workers that take work, or of this proxy; shares may exceed 1."""
 
     role: str
     workers: int
     saturation: float
     backlog_ms: float
-    """Predicted, per worker; of prefill with what waits in the proxy."""
+    """Predicted, per worker; of prefill with what waits in the proxy. Of the proxy, how late what is due runs."""
     seats: float
     kv_usage: float
     step_ms: float
 
 
-class Saturation:
-    """`waiting_ms`: predicted milliseconds of computing that wait in the proxy for prefill."""
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits in the proxy: its prefill's predicted milliseconds, and whether it waits for decode instead."""
 
-    def __init__(self, fleet: Fleet, slo: Callable[[], Slo], waiting_ms: Callable[[], float]) -> None:
+    prefill_ms: float = 0.0
+    is_for_decode: bool = False
+
+
+class Saturation:
+    def __init__(self, fleet: Fleet, slo: Callable[[], Slo], waiting: Callable[[], Waiting], pulse: Pulse) -> None:
         self._fleet = fleet
         self._slo = slo
-        self._waiting_ms = waiting_ms
+        self._waiting = waiting
+        self._pulse = pulse
 
     def roles(self) -> list[RoleLoad]:
-        """Prefill, then decode."""
+        """Prefill, decode, proxy."""
         slots, prefills, decodes = self._fleet.usable_slots()
-        slo = self._slo()
+        slo, waiting = self._slo(), self._waiting()
         computing = slots[prefills] if prefills.any() else slots[decodes]
         backlog_ms = 0.0
         if len(computing):
-            backlog_ms = float(self._backlog_ms(computing).mean()) + self._waiting_ms() / len(computing)
+            waiting_ms = 0.0 if waiting.is_for_decode else waiting.prefill_ms
+            backlog_ms = float(self._backlog_ms(computing).mean()) + waiting_ms / len(computing)
         full = backlog_ms / _allowed_ms(slo)
         prefill = RoleLoad("prefill", int(prefills.sum()), full, backlog_ms, 0.0, 0.0, 0.0)
-        return [prefill, self._decode(slots[decodes], slo)]
+        proxy = RoleLoad("proxy", 1, self._pulse.busy, self._pulse.lag_ms, 0.0, 0.0, 0.0)
+        return [prefill, self._decode(slots[decodes], slo, waiting), proxy]
 
     def workers(self) -> Mapping[str, float]:
         """Of each worker that takes work, by id; of both roles the fuller one. What waits in the proxy is left out."""
@@ -70,12 +81,12 @@ class Saturation:
     def to_json(self) -> dict[str, Any]:
         return {"roles": [asdict(role) for role in self.roles()]}
 
-    def _decode(self, slots: Rows, slo: Slo) -> RoleLoad:
+    def _decode(self, slots: Rows, slo: Slo, waiting: Waiting) -> RoleLoad:
         if not len(slots):
             return RoleLoad("decode", 0, 0.0, 0.0, 0.0, 0.0, 0.0)
         step_ms, seats = float(self._step_ms(slots).mean()), float(self._seats(slots).mean())
         kv_usage = float(self._fleet.columns.kv_usage[slots].mean())
-        full = max(seats, kv_usage, step_ms / slo.itl_ms if slo.itl_ms else 0.0)
+        full = max(seats, kv_usage, step_ms / slo.itl_ms if slo.itl_ms else 0.0, float(waiting.is_for_decode))
         return RoleLoad("decode", len(slots), full, 0.0, seats, kv_usage, step_ms)
 
     def _backlog_ms(self, slots: Rows) -> Floats:
@@ -105,7 +116,12 @@ class SaturationMetrics:
         self._full = Gauge(
             "omni_proxy_saturation", "1: one more request would wait too long", ["role"], registry=registry
         )
-        self._backlog = Gauge("omni_proxy_backlog_seconds", "Predicted, per worker", ["role"], registry=registry)
+        self._backlog = Gauge(
+            "omni_proxy_backlog_seconds",
+            "Predicted, per worker; of the proxy, its event loop's lag",
+            ["role"],
+            registry=registry,
+        )
 
     def observe(self) -> None:
         """Set them."""

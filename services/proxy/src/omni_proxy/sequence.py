@@ -104,7 +104,7 @@ class SequenceRecord:
     decode_worker: str = ""
     decision: str = ""
     decisions: list[Decision] = field(default_factory=list)
-    """In the order taken; the first that computed the prompt made the prediction."""
+    """In the order taken; a hedge has one of its own."""
     held_ms: float = 0.0
     schedule_ms: float = 0.0
     predicted_ttft_ms: float = 0.0
@@ -167,6 +167,7 @@ class SequenceRecord:
             "output_tokens": self.output_tokens,
             "fell_back": self.fell_back,
             "retries": self.retries,
+            "hedged": self.is_hedged,
             "resumes": self.resumes,
         }
 

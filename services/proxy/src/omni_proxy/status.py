@@ -11,10 +11,11 @@ from omni_common.errors import NotFound
 from omni_proxy.admission import Admission
 from omni_proxy.bodies import query_limit
 from omni_proxy.explain import Explanations
-from omni_proxy.fleet import Fleet, Member, Role
+from omni_proxy.fleet import Fleet
 from omni_proxy.membership import KvStoreMembership, StaticMembership
 from omni_proxy.metrics import Metrics
 from omni_proxy.saturation import Saturation
+from omni_proxy.worker import Member, Role
 
 _LATEST_DECISIONS = 20
 

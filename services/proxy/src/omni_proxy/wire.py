@@ -7,7 +7,6 @@ from omni.engine.v1 import engine_pb2, worker_service_pb2
 from omni.kv.v1 import kv_pb2
 from omni.kvstore.v1 import kvstore_service_pb2 as kvstore_pb
 from omni.prefill.v1 import prefill_service_pb2 as prefill_pb
-from omni_proxy.fleet import Load, Role, Worker
 from omni_proxy.ports import (
     FinishReason,
     KvHandle,
@@ -21,6 +20,7 @@ from omni_proxy.ports import (
 from omni_proxy.replica import Action, BlockChange, Holder, Position
 from omni_proxy.sampling import Sampling
 from omni_proxy.scheduling.forecast import LoadCost
+from omni_proxy.worker import Load, Role, Worker
 
 _FINISH = {
     engine_pb2.FINISH_REASON_STOP: FinishReason.STOP,

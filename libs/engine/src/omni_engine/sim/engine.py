@@ -216,7 +216,7 @@ class SimEngine:
 
     def _sequence(self, job: PrefillJob | DecodeJob, num_prompt: int) -> SimSequence:
         tokens, sampling = list(job.token_ids), job.sampling
-        stream = TokenStream(self._settings, tokens[:num_prompt], sampling)
+        stream = TokenStream(self._settings, tokens[:num_prompt], sampling, len(tokens) - num_prompt)
         now_s = self._clock.now_s()
         traffic_class = self._experts.class_of(tokens[:num_prompt]) if self._experts else 0
         return SimSequence(

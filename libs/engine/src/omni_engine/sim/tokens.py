@@ -16,11 +16,16 @@ _DEFAULT_EOS = 2
 
 
 class TokenStream:
-    """The output of one prompt; `token(i)` is its i-th generated token, from 0."""
+    """The output of one prompt; `token(i)` is its i-th generated token, from 0.
 
-    __slots__ = ("_end", "_first", "_root", "_sampling", "_span", "eos_token_id")
+    `num_output_tokens` of them were generated elsewhere: `sampling.min_tokens` is of those to come.
+    """
 
-    def __init__(self, settings: SimSettings, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    __slots__ = ("_end", "_first", "_least", "_root", "_sampling", "_span", "eos_token_id")
+
+    def __init__(
+        self, settings: SimSettings, prompt: Sequence[int], sampling: SamplingParams, num_output_tokens: int = 0
+    ) -> None:
         seed = settings.seed if sampling.seed is None else sampling.seed
         digest = xxhash.xxh3_64(np.asarray(prompt, dtype="<u4").tobytes())
         digest.update(seed.to_bytes(16, "little", signed=True))
@@ -30,7 +35,8 @@ class TokenStream:
         self.eos_token_id = _DEFAULT_EOS if settings.eos_token_id is None else settings.eos_token_id
         share = (xxhash.xxh3_64_intdigest(self._root + b"length") + 1) / 2**64
         length = max(1, math.ceil(-settings.mean_output_tokens * math.log(share)))
-        self._end = max(length, sampling.min_tokens)
+        self._least = num_output_tokens + sampling.min_tokens
+        self._end = max(length, self._least)
 
     def token(self, position: int) -> int:
         if position == self._end and not self._sampling.ignore_eos:
@@ -44,7 +50,7 @@ class TokenStream:
         sampling = self._sampling
         if token == self.eos_token_id and not sampling.ignore_eos:
             return FinishReason.STOP
-        if token in sampling.stop_token_ids and position + 1 >= sampling.min_tokens:
+        if token in sampling.stop_token_ids and position + 1 >= self._least:
             return FinishReason.STOP
         return None
 

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,10 +15,8 @@ from omni_kernels.contract.wrong_calls import Refusal, WrongCall, draw, refusal
 
 SEED, WRONG_CALLS = 6, 100
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-
-def lint(as_json: JsonOption = False) -> None:
+def lint(as_json: bool) -> None:
     """Check every torch_npu call in the tree against the schemas of the pinned torch-npu releases."""
     try:
         folders = texts()
@@ -35,7 +32,7 @@ def lint(as_json: JsonOption = False) -> None:
     raise typer.Exit(bool(report.findings))
 
 
-def contract(as_json: JsonOption = False) -> None:
+def contract(as_json: bool) -> None:
     """Run every npu kernel against the pinned torch-npu releases, and 100 wrong calls against the validators."""
     try:
         rows = contract_rows()

@@ -39,19 +39,19 @@ class ContractResult:
         return self.lint == self.meta == self.twin == "ok"
 
 
-def texts(cache: Path | None = None) -> dict[str, Path]:
+def texts() -> dict[str, Path]:
     """Folder of text files by version. Raises NoWheel when one cannot be had."""
-    return {wheel.version: unpacked(wheel, cache or cache_folder()) for wheel in WHEELS}
+    return {wheel.version: unpacked(wheel, cache_folder()) for wheel in WHEELS}
 
 
-def lint_tree(folders: Mapping[str, Path], root: Path | None = None) -> Report:
-    """Lint every source below `root`, by default the checkout, or omni_kernels where it is installed alone.
+def lint_tree(folders: Mapping[str, Path]) -> Report:
+    """Lint every source of the checkout, or of omni_kernels where it is installed alone.
 
     The contract's own files stay out: they call ops by names they read.
     """
     releases = {version: schemas.read(folder) for version, folder in folders.items()}
     own = Path(__file__).parent
-    files = sources(root or checkout() or own.parent)
+    files = sources(checkout() or own.parent)
     return lint((file for file in files if own not in file.parents), releases)
 
 
@@ -70,13 +70,13 @@ def trials(folders: Mapping[str, Path], mutants: Sequence[Mapping[str, str]] = (
         return dict(zip(folders, pool.map(trial, asked), strict=True))
 
 
-def contract_rows(cache: Path | None = None) -> dict[str, ContractResult]:
+def contract_rows() -> dict[str, ContractResult]:
     """Result by op, for the ops that have an npu kernel. Takes about ten seconds once the wheels are cached.
 
     Raises:
         NoWheel: the text files of a pinned release cannot be had.
     """
-    folders = texts(cache)
+    folders = texts()
     return rows(lint_tree(folders), trials(folders))
 
 

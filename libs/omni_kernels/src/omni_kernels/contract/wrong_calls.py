@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from omni_kernels.case import Case, Op
+from omni_kernels.conformance import parameters
 from omni_kernels.contract.faults import FAULTS, SIGNATURE_FAULTS, TABLE
 from omni_kernels.ops import OPS
 
@@ -56,7 +57,7 @@ def draw(seed: int, count: int) -> list[WrongCall]:
 
 
 def _shuffled(op: Op[..., Any], chance: random.Random) -> Iterator[WrongCall]:
-    names = arguments(op)
+    names = parameters(op)
     faults = [(argument, fault) for argument, faults in TABLE.get(op.name, {}).items() for fault in faults]
     faults += [("", fault) for fault in SIGNATURE_FAULTS]
     chance.shuffle(faults)
@@ -78,7 +79,7 @@ def _wrong(op: Op[..., Any], case: Case, names: Sequence[str], argument: str, fa
 @cache
 def _cases(name: str) -> Sequence[Case]:
     """The first samples that have more than one of everything, until each argument is given in two of them."""
-    places = [arguments(OPS[name]).index(argument) for argument in TABLE.get(name, {})]
+    places = [parameters(OPS[name]).index(argument) for argument in TABLE.get(name, {})]
     cases: list[Case] = []
     for case in OPS[name].samples(CPU):
         if all(min(value.shape, default=2) > 1 for value in case.inputs if isinstance(value, Tensor)):
@@ -86,10 +87,6 @@ def _cases(name: str) -> Sequence[Case]:
         if all(sum(case.inputs[place] is not None for case in cases) > 1 for place in places):
             break
     return cases
-
-
-def arguments(op: Op[..., Any]) -> list[str]:
-    return [argument.name for argument in getattr(torch.ops.omni, op.name).default._schema.arguments]
 
 
 def refusal(call: WrongCall, check: Callable[..., None] | None = None) -> Refusal:

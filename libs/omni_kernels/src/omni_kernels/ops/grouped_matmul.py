@@ -1,11 +1,12 @@
 """Matrix products of consecutive groups of rows, each group with the weight of its expert: bf16, W8A8 and W4A8."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, device
 
-from omni_kernels.case import DEEPSEEK_V3, PANGU_ULTRA_MOE, QWEN3_MOE, TINY, Case, ModelShape, declare
+from omni_kernels.case import DEEPSEEK_V3, PANGU_ULTRA_MOE, QWEN3_MOE, TINY, Case, ModelShape, declare, dtype_name
 from omni_kernels.checks import (
     FLOATS,
     has_dims,
@@ -182,7 +183,7 @@ def _samples(where: device) -> Iterator[Case]:
             x = torch.randn(sum(sizes) + behind, depth, generator=generator).to(where, dtype)
             weight = torch.randn(len(sizes), columns, depth, generator=generator).div_(depth**0.5).to(where, dtype)
             matrix = weight.transpose(1, 2) if dtype is torch.bfloat16 else weight.transpose(1, 2).contiguous()
-            name = f"grouped_matmul-{model.name}-{len(x)}x{depth}x{columns}-{_name(dtype)}"
+            name = f"grouped_matmul-{model.name}-{len(x)}x{depth}x{columns}-{dtype_name(dtype)}"
             yield Case(name, (x, matrix, torch.tensor(sizes, device=where)), *_TOLERANCE[dtype])
 
 
@@ -198,27 +199,19 @@ def _quantized_samples(where: device, bits: int) -> Iterator[Case]:
             blocks = () if bits == 8 else (depth // 32,)
             scale = torch.rand(len(sizes), *blocks, columns, generator=generator) / (high * depth**0.5)
             stored = weight if bits == 8 else pack_int4(weight)
-            name = f"grouped_matmul_w{bits}a8-{model.name}-{rows}x{depth}x{columns}-{_name(dtype)}"
+            name = f"grouped_matmul_w{bits}a8-{model.name}-{rows}x{depth}x{columns}-{dtype_name(dtype)}"
             group_sizes = torch.tensor(sizes, device=where)
             inputs = (x, row_scale, stored.to(where), scale.to(where), group_sizes, dtype)
             yield Case(name, inputs, *_TOLERANCE[dtype])
 
 
-def _samples_w8a8(where: device) -> Iterator[Case]:
-    return _quantized_samples(where, 8)
-
-
-def _samples_w4a8(where: device) -> Iterator[Case]:
-    return _quantized_samples(where, 4)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 GROUPED_MATMUL = declare("grouped_matmul", _grouped_matmul, _fake, _check, _samples)
-GROUPED_MATMUL_W8A8 = declare("grouped_matmul_w8a8", _grouped_matmul_w8a8, _fake_quantized, _check_w8a8, _samples_w8a8)
-GROUPED_MATMUL_W4A8 = declare("grouped_matmul_w4a8", _grouped_matmul_w4a8, _fake_quantized, _check_w4a8, _samples_w4a8)
+GROUPED_MATMUL_W8A8 = declare(
+    "grouped_matmul_w8a8", _grouped_matmul_w8a8, _fake_quantized, _check_w8a8, partial(_quantized_samples, bits=8)
+)
+GROUPED_MATMUL_W4A8 = declare(
+    "grouped_matmul_w4a8", _grouped_matmul_w4a8, _fake_quantized, _check_w4a8, partial(_quantized_samples, bits=4)
+)
 grouped_matmul = GROUPED_MATMUL.call
 grouped_matmul_w8a8 = GROUPED_MATMUL_W8A8.call
 grouped_matmul_w4a8 = GROUPED_MATMUL_W4A8.call

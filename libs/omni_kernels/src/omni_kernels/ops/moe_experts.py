@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, device
 from torch.nn.functional import silu
 
-from omni_kernels.case import DEEPSEEK_V3, QWEN3_MOE, TINY, Case, ModelShape, declare
+from omni_kernels.case import DEEPSEEK_V3, QWEN3_MOE, TINY, Case, ModelShape, declare, dtype_name
 from omni_kernels.checks import (
     FLOATS,
     has_dims,
@@ -88,7 +88,7 @@ def _samples(where: device) -> Iterator[Case]:
 
     # Big models with a part of their experts, and of the size of each.
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         yield case(name, TINY, 9, dtype, TINY.experts, TINY.intermediate)
         yield case(name, QWEN3_MOE, 3, dtype, 10, 64)
         yield case(name, DEEPSEEK_V3, 2, dtype, 9, 32)

@@ -25,8 +25,6 @@ GOLDEN = 2654435769
 EPS = 1e-20
 """Keeps a renormalised row whose scores are all 0 from being NaN."""
 
-Routing = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def _moe_gate(
     logits: Tensor,

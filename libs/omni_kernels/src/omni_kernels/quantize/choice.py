@@ -12,7 +12,6 @@ KEPT = re.compile(
     r"(\.mlp\.gate|_norm|norm|layernorm|embed_tokens|head|lm_head|kv_b_proj|eh_proj|indexer\.\w+)\.weight$"
 )
 _LINEAR = re.compile(r"\.layers\.\d+\.(self_attn|mlp)\..*\.weight$")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 # What models call the width of one expert.
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
@@ -66,10 +65,6 @@ def choose(weights: Sequence[Weight], config: Mapping[str, Any], scheme: str) ->
 
 def is_quantizable(weight: Weight) -> bool:
     return len(weight.shape) == 2 and bool(_LINEAR.search(weight.name)) and not KEPT.search(weight.name)
-
-
-def is_expert(name: str) -> bool:
-    return bool(_EXPERT.search(name))
 
 
 def _heads_of_predictors(kept: set[str]) -> set[str]:

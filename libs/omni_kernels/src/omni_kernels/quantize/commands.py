@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,9 +52,7 @@ def quantize(
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     if as_json:
-        from omni_kernels.quantize.verification import as_json as dumped
-
-        print(json.dumps({"out": str(out), "scheme": scheme, "layers": dumped(rows)}, indent=2))
+        print(json.dumps({"out": str(out), "scheme": scheme, "layers": [asdict(row) for row in rows]}, indent=2))
     else:
         _show(rows, out)
 

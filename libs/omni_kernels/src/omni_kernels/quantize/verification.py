@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,6 @@ def verify(model: Path, out: Path, choice: Choice, scheme: str) -> list[Row]:
         for name, each in found.items()
     ]
     return [*rows, Row("(all others)", "kept", kept[0], 0.0, 0.0, kept[1], kept[1])]
-
-
-def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]
 
 
 def _pairs(model: Path, out: Path) -> Iterator[tuple[Path, Path]]:

@@ -19,9 +19,9 @@ from omni_placement.commands.formats import Named
 from omni_placement.layout import Layout, Topology
 from omni_placement.load import Phase
 from omni_placement.problem import Loads
+from omni_placement.wire import PHASES_TO_WIRE, topology_from_wire, topology_to_wire
 
 ASK_TIMEOUT_S = 60.0
-PHASES = {Phase.PREFILL: pb.PHASE_PREFILL, Phase.DECODE: pb.PHASE_DECODE, Phase.MIXED: pb.PHASE_UNSPECIFIED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def load_from_wire(answer: pb.GetLoadResponse, topology: Topology, phase: Phase 
     shape = topology.num_layers, topology.num_experts
     if phase is None and len(answer.forecast):
         return np.array(answer.forecast, dtype=np.float64).reshape(shape)
-    wanted = [part for part in answer.loads if phase is None or part.phase == PHASES[phase]]
+    wanted = [part for part in answer.loads if phase is None or part.phase == PHASES_TO_WIRE[phase]]
     if not wanted:
         return None
     total = np.sum([np.array(part.load.tokens, dtype=np.float64) for part in wanted], axis=0)
@@ -148,19 +148,3 @@ def named_from_wire(layout: pb.Layout) -> Named:
     physical = np.array(layout.physical_to_logical, dtype=np.int32).reshape(topology.shape)
     held = Layout(topology, physical)
     return Named(held, layout.model, layout.group, layout.layout_version, layout.solver)
-
-
-def topology_from_wire(topology: pb.Topology) -> Topology:
-    return Topology(
-        topology.num_layers, topology.num_experts, topology.num_ranks, topology.slots_per_rank,
-        topology.ranks_per_host, tuple(topology.rank_slots), tuple(topology.shared_ranks), topology.num_groups or 1,
-        topology.expert_bytes,
-    )  # fmt: skip
-
-
-def topology_to_wire(topology: Topology) -> pb.Topology:
-    return pb.Topology(
-        num_layers=topology.num_layers, num_experts=topology.num_experts, num_ranks=topology.num_ranks,
-        slots_per_rank=topology.slots_per_rank, ranks_per_host=topology.ranks_per_host, rank_slots=topology.rank_slots,
-        shared_ranks=topology.shared_ranks, num_groups=topology.num_groups, expert_bytes=topology.expert_bytes,
-    )  # fmt: skip

@@ -20,9 +20,9 @@ from omni_common.errors import InvalidRequest
 from omni_placement.layout import Numbers
 from omni_placement.load.windows import Phase
 
-DUMP = re.compile(r"activation_counts_recordstep_(\d+)_rank_(\d+)\.txt")
+DUMP = re.compile(r"activation_counts_recordstep_\d+_rank_(\d+)\.txt")
 LINE = re.compile(
-    r"\[dump activation\] (prefill|decode) step (\d+) in rank (\d+) for layer (\d+) get (\d+) experts data:(.*)"
+    r"\[dump activation\] (prefill|decode) step \d+ in rank (\d+) for layer (\d+) get (\d+) experts data:(.*)"
 )
 # Far below int64, so that sums over many dumps stay exact.
 LARGEST = 2**48
@@ -38,19 +38,19 @@ class BadDump(InvalidRequest):
         super().__init__(f"{where}: {message}", field="load", reason="bad_dump")
 
 
-def read(path: Path, phase: Phase | None = None, steps: range | None = None) -> Numbers:
+def read(path: Path, phase: Phase | None = None) -> Numbers:
     """Counts as int64 (layers, experts) from a folder of dumps, a CSV (by its ending) or a log.
 
-    `phase` and `steps` choose lines of a log; `steps` also files of a folder. Neither can choose in a CSV.
+    `phase` chooses lines of a log.
 
     Raises:
         BadDump: a line or file that cannot be used, ranks or layers missing; names file and line.
     """
     if path.is_dir():
-        return _read_folder(path, steps)
+        return _read_folder(path)
     if path.suffix.lower() == ".csv":
         return read_csv(path)
-    return _read_log(path, phase, steps)
+    return _read_log(path, phase)
 
 
 def read_csv(path: Path) -> Numbers:
@@ -78,16 +78,13 @@ def write_csv(path: Path, load: Numbers) -> None:
         writer.writerows([f"layer_{layer}", *row] for layer, row in enumerate(load.tolist()))
 
 
-def _read_folder(folder: Path, steps: range | None) -> Numbers:
+def _read_folder(folder: Path) -> Numbers:
     total: dict[int, Numbers] = {}
     for path in sorted(folder.glob("activation_counts_recordstep_*")):
         named = DUMP.fullmatch(path.name)
         if named is None:
             raise BadDump(path, None, "the name is not activation_counts_recordstep_<step>_rank_<rank>.txt")
-        step, rank = int(named[1]), int(named[2])
-        if steps is not None and step not in steps:
-            continue
-        counts = _read_dump(path)
+        rank, counts = int(named[1]), _read_dump(path)
         known = total.setdefault(rank, np.zeros_like(counts))
         if known.shape != counts.shape:
             raise BadDump(path, None, f"{_size(counts)}; earlier dumps of rank {rank} have {_size(known)}")
@@ -107,15 +104,15 @@ def _read_dump(path: Path) -> Numbers:
     return np.array(rows, dtype=np.int64)
 
 
-def _read_log(path: Path, phase: Phase | None, steps: range | None) -> Numbers:
+def _read_log(path: Path, phase: Phase | None) -> Numbers:
     counts: dict[tuple[int, int], Numbers] = {}
     for number, found in _dumped(path):
-        step, rank, layer, experts = (int(found[group]) for group in (2, 3, 4, 5))
-        if (phase is not None and found[1] != phase.value) or (steps is not None and step not in steps):
+        rank, layer, experts = (int(found[group]) for group in (2, 3, 4))
+        if phase is not None and found[1] != phase.value:
             continue
         if rank >= MOST_RANKS or layer >= MOST_LAYERS:
             raise BadDump(path, number, f"rank {rank}, layer {layer} is out of any model's range")
-        row = np.array(_numbers(path, number, found[6].split(), experts), dtype=np.int64)
+        row = np.array(_numbers(path, number, found[5].split(), experts), dtype=np.int64)
         known = counts.setdefault((rank, layer), np.zeros_like(row))
         if len(known) != len(row):
             raise BadDump(path, number, f"{len(row)} experts; rank {rank} had {len(known)} in layer {layer} before")

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from omni_common.compiled import kernel
 from omni_placement.layout import Numbers
 from omni_placement.problem import Loads, Problem
-from omni_placement.solving._compiled import kernel
 from omni_placement.solving.replicas import give_copies
 
 _PROBES = 14

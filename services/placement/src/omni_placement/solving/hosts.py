@@ -5,9 +5,9 @@ With group-limited routing a token goes to the experts of few groups, so fewer t
 
 import numpy as np
 
+from omni_common.compiled import kernel
 from omni_placement.layout import EMPTY, Numbers, Slots, Topology
 from omni_placement.problem import Loads
-from omni_placement.solving._compiled import kernel
 from omni_placement.solving.layer import Layer
 from omni_placement.solving.replicas import LayerPlan
 from omni_placement.solving.slack import bring_home

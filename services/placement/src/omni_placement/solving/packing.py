@@ -4,9 +4,9 @@
 
 import numpy as np
 
+from omni_common.compiled import kernel
 from omni_placement.layout import EMPTY, Numbers, Slots
 from omni_placement.problem import Loads
-from omni_placement.solving._compiled import kernel
 
 
 @kernel

@@ -6,8 +6,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from omni_common.compiled import kernel
 from omni_placement.layout import EMPTY, Numbers, Slots, Topology
-from omni_placement.solving._compiled import kernel
 from omni_placement.solving.layer import Layer
 from omni_placement.solving.packing import pack
 from omni_placement.solving.replicas import LayerPlan

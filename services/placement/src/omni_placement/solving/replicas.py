@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from omni_common.compiled import kernel
 from omni_placement.layout import Numbers, Slots
 from omni_placement.problem import Loads
-from omni_placement.solving._compiled import kernel
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from omni_common.compiled import kernel
 from omni_placement.layout import EMPTY, Numbers, Slots
 from omni_placement.problem import Loads
-from omni_placement.solving._compiled import kernel
 
 _ROUNDS = 8
 

@@ -3,9 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from omni_placement.layout import Layout, Topology
+from omni_placement.layout import Layout
 from omni_placement.problem import Loads, Problem
-from omni_placement.solving.bound import lower_bound
 from omni_placement.solving.hosts import gathered
 from omni_placement.solving.layer import Layer
 from omni_placement.solving.levels import Levels
@@ -77,12 +76,3 @@ def _allowed(plans: list[LayerPlan], current: Layout, budget: int) -> list[int]:
         allowed.append(plan.extra + more)
         left -= more
     return allowed
-
-
-def warm_up() -> None:
-    """Compile the loops, or load them from numba's cache, before the first plan has to be quick. A minute at most."""
-    topology = Topology(1, 4, 2, 3, ranks_per_host=1, num_groups=2)
-    load = np.array([[4.0, 2.0, 1.0, 1.0]])
-    current = omni(Problem(topology, load, budget=1))
-    omni(Problem(topology, load[:, ::-1], current=current))
-    lower_bound(Problem(topology, load))

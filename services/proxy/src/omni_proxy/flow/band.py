@@ -135,8 +135,11 @@ class Band:
             self._remember(lane)
 
     def inherit(self, other: "Band", now: float) -> None:
-        """Take over what tenants have attained in the band of an earlier configuration."""
+        """Take over what tenants have attained in the band of an earlier configuration, if it counts service alike."""
+        if other._fairness != self._fairness:
+            return
         scale = self._scale(now) / other._scale(now)
+        self._floor = other._floor * scale
         for lane in (*other._idle.values(), *other._active.values()):
             mine = self._lane(lane.tenant)
             mine.weight, mine.attained = lane.weight, lane.attained * scale

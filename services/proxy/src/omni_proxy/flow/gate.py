@@ -40,7 +40,7 @@ class Room(Protocol):
         """Until a worker would begin within the look-ahead; 0: now, inf: no worker takes work, nan: not predicted."""
 
     def drain_ms(self) -> float:
-        """Until the least loaded worker has computed what is in flight."""
+        """Until the least loaded worker has computed what is in flight; inf: no worker takes work."""
 
 
 class Timers(Protocol):
@@ -125,8 +125,12 @@ class FlowGate:
 
     def poke(self) -> None:
         """Something changed: look again in the next pass of the loop."""
-        if self._queue and self._soon is None:
-            self._soon = self._timers.call_soon(self._pass)
+        if self._queue:
+            self._look_soon()
+
+    def workers_changed(self) -> None:
+        """One came, went or changed state: a look, even if nobody waits, since it tells when the last one went."""
+        self._look_soon()
 
     def reconfigure(self, settings: FlowSettings) -> None:
         """Go on with other bands, orders and bounds; whoever waits keeps waiting."""
@@ -135,6 +139,11 @@ class FlowGate:
         self._queue.reconfigure(settings, self._timers.time())
         self._watch()
         self.poke()
+
+    @property
+    def head(self) -> Ticket | None:
+        """The ticket whose turn is next; None where none waits."""
+        return self._queue.head(self._timers.time())
 
     @property
     def waiting_ms(self) -> float:
@@ -180,6 +189,10 @@ class FlowGate:
             message = f"the first token would take about {ttft_ms:.0f} ms"
             raise self._refusal(ResourceExhausted(message, reason="slo_out_of_reach"), self._retry_after_s(ticket))
 
+    def _look_soon(self) -> None:
+        if self._soon is None:
+            self._soon = self._timers.call_soon(self._pass)
+
     def _pass(self) -> None:
         """Release at most one request, and see to it that there is a next look while any waits."""
         try:
@@ -203,6 +216,7 @@ class FlowGate:
         for ticket in self._queue.expire(now):
             self._fail(ticket, self._expired(ticket, now))
         if (head := self._queue.head(now)) is None:
+            self._note_workers(self._room.drain_ms(), now)
             return
         if self._waiting[head].done():
             # Cancelled; its task has not run yet.

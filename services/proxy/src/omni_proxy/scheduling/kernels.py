@@ -6,12 +6,9 @@ mean. Where numba meets NaN it does as numpy does: comparisons are false.
 
 # mypy: disable-error-code="no-any-return"
 
-from collections.abc import Callable
-from typing import TypeVar, cast
-
-import numba
 import numpy as np
 
+from omni_common.compiled import kernel
 from omni_proxy.scheduling.columns import (
     CONTEXT_TOKENS,
     OTHERS_PREFILLS,
@@ -28,14 +25,9 @@ LATE = 0.1
 """Share of the predicted work that is taken to be left at least, however long it has taken already."""
 SEATS, KV_TOKENS, BATCHED_TOKENS = range(3)
 """Columns of `limits`; 0 where unknown."""
-F = TypeVar("F", bound=Callable[..., object])
 
 
-def _compiled(loop: F) -> F:
-    return cast(F, numba.njit(cache=True)(loop))
-
-
-@_compiled
+@kernel
 def milliseconds(coefficients: Floats, rows: Rows | Ints, features: Floats, longest_ms: float) -> Floats:
     """Coefficients of rows[i] times features[i], from 0 to `longest_ms`; 0 for what is not a number."""
     result = np.empty(len(rows))
@@ -47,7 +39,7 @@ def milliseconds(coefficients: Floats, rows: Rows | Ints, features: Floats, long
     return result
 
 
-@_compiled
+@kernel
 def remaining(
     ints: Ints, own_work: Floats, busy_since_s: Floats, slots: Rows | Ints, total_ms: Floats, now_s: float
 ) -> Floats:
@@ -73,7 +65,7 @@ def remaining(
     return work
 
 
-@_compiled
+@kernel
 def prompt_features(uncached: Ints, prompt_tokens: int) -> Floats:
     """Of a prompt of which each worker has to compute `uncached`; workers x 3."""
     features = np.empty((len(uncached), 3))
@@ -85,7 +77,7 @@ def prompt_features(uncached: Ints, prompt_tokens: int) -> Floats:
     return features
 
 
-@_compiled
+@kernel
 def step_features(ints: Ints, background: Floats, slots: Rows | Ints, prompt_tokens: int) -> Floats:
     """Of a decode step with one more sequence of `prompt_tokens`; workers x 4. `background`: prompts beside it."""
     features = np.empty((len(slots), 4))
@@ -99,7 +91,7 @@ def step_features(ints: Ints, background: Floats, slots: Rows | Ints, prompt_tok
     return features
 
 
-@_compiled
+@kernel
 def steps_to_seat(
     ints: Ints, kv_usage: Floats, limits: Ints, slots: Rows | Ints, tokens: int, output_tokens: int
 ) -> Floats:
@@ -126,7 +118,7 @@ def steps_to_seat(
     return result
 
 
-@_compiled
+@kernel
 def begins_in_a_step(ints: Ints, limits: Ints, slots: Rows | Ints, uncached_tokens: int, step_share: float) -> bool:
     """Some worker has no prompt ahead, or those ahead and this one fill but a share of one of its steps."""
     for i in range(len(slots)):
@@ -137,7 +129,7 @@ def begins_in_a_step(ints: Ints, limits: Ints, slots: Rows | Ints, uncached_toke
     return False
 
 
-@_compiled
+@kernel
 def transfer_features(
     pair_rows: Ints, connector_rows: Ints, prefills: Rows | Ints, decodes: Rows | Ints, uncached: Ints
 ) -> tuple[Ints, Floats]:
@@ -158,7 +150,7 @@ def transfer_features(
     return rows, features
 
 
-@_compiled
+@kernel
 def decode_costs(
     step_ms: Floats,
     seat_ms: Floats,
@@ -185,7 +177,7 @@ def decode_costs(
     return after_ms, penalty
 
 
-@_compiled
+@kernel
 def cheapest_pair(first_ms: Floats, rest_ms: Floats, transfer_ms: Floats, can_pair: Bools) -> tuple[int, Floats]:
     """Position of the prefill worker of the cheapest pair, and of each the cost of its cheapest pair.
 
@@ -202,7 +194,7 @@ def cheapest_pair(first_ms: Floats, rest_ms: Floats, transfer_ms: Floats, can_pa
     return best, least
 
 
-@_compiled
+@kernel
 def freest(
     cost: Floats,
     known_ms: Floats,

@@ -15,17 +15,14 @@ from omni_kernels.backends.cpu import (
     swiglu,
 )
 
-_FAMILIES: tuple[Any, ...] = (
-    grouped_matmul,
-    moe_experts,
-    moe_gate,
-    moe_permute,
-    paged_attention,
-    rms_norm,
-    rotary,
-    sampling,
-    swiglu,
-)
 KERNELS: Mapping[str, Callable[..., Any]] = {
-    name: kernel for family in _FAMILIES for name, kernel in family.KERNELS.items()
+    **grouped_matmul.KERNELS,
+    **moe_experts.KERNELS,
+    **moe_gate.KERNELS,
+    **moe_permute.KERNELS,
+    **paged_attention.KERNELS,
+    **rms_norm.KERNELS,
+    **rotary.KERNELS,
+    **sampling.KERNELS,
+    **swiglu.KERNELS,
 }

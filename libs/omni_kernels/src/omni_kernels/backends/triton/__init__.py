@@ -20,19 +20,16 @@ from omni_kernels.backends.triton import (
     sampling,
 )
 
-_FAMILIES: tuple[Any, ...] = (
-    attention,
-    grouped_matmul,
-    indexer,
-    kv,
-    mla,
-    moe_experts,
-    moe_gate,
-    moe_permute,
-    rotary,
-    rows,
-    sampling,
-)
 KERNELS: Mapping[str, Callable[..., Any]] = {
-    name: kernel for family in _FAMILIES for name, kernel in family.KERNELS.items()
+    **attention.KERNELS,
+    **grouped_matmul.KERNELS,
+    **indexer.KERNELS,
+    **kv.KERNELS,
+    **mla.KERNELS,
+    **moe_experts.KERNELS,
+    **moe_gate.KERNELS,
+    **moe_permute.KERNELS,
+    **rotary.KERNELS,
+    **rows.KERNELS,
+    **sampling.KERNELS,
 }

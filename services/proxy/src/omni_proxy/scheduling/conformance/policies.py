@@ -8,7 +8,7 @@ import numpy as np
 
 from omni_common.errors import Unavailable
 from omni_proxy.scheduling.conformance.trials import SAMPLES, fail, grows_linearly, keeps_little, takes_little, unharmed
-from omni_proxy.scheduling.decision import Decision, LegCosts, eligible
+from omni_proxy.scheduling.decision import Decision, LegCosts, Reason, eligible
 from omni_proxy.scheduling.interfaces import Policy
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.samples import Sample, no_workers, samples
@@ -47,6 +47,7 @@ def check_decision(request: SchedulingRequest, view: FleetView, decision: Decisi
         fail(f"uncached_tokens is {decision.uncached_tokens}, the worker that computes the prompt lacks {uncached}")
     if not decision.policy:
         fail("the decision does not name its policy")
+    _check_reason(request, decision)
     _check_costs("prefill_costs", decision.prefill_costs, prefills, prefill)
     _check_costs("decode_costs", decision.decode_costs, decodes, None if prefill is None else decode)
     _check_costs("alone_costs", decision.alone_costs, decodes, None)
@@ -106,6 +107,15 @@ def _why_not(view: FleetView, leg: str, row: int, request: SchedulingRequest) ->
     if leg == "prefill":
         return ", but the request may not be prefilled apart"
     return " and cannot pull the blocks that wait, while others can"
+
+
+def _check_reason(request: SchedulingRequest, decision: Decision) -> None:
+    """Pages and metrics tell by it which decision a prompt was computed by."""
+    if (decision.reason is Reason.CONTINUED) == request.may_prefill:
+        whose = "a prompt that is still to be computed" if request.may_prefill else "a request that goes on"
+        fail(f"the reason is {decision.reason} for {whose}; Reason.CONTINUED is for those that go on (no may_prefill)")
+    if (decision.reason is Reason.DISAGGREGATED) != (decision.prefill is not None):
+        fail(f"the reason is {decision.reason} and prefill is {decision.prefill}; Reason.DISAGGREGATED is for a pair")
 
 
 def _check_costs(name: str, costs: LegCosts, allowed: Rows, chosen: int | None) -> None:

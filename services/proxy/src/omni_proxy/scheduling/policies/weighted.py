@@ -74,4 +74,5 @@ def _missing(
     missing: Floats = np.zeros(len(rows))
     for name, weight, _ in weighted:
         missing += weight * (1.0 - scores[name])
-    return Ranking(missing, (view.dispatched[rows],), scores)
+    # What engines say of themselves may be as old as a stats interval; who was just chosen has more in the ledger.
+    return Ranking(missing, (view.ahead_tokens[rows], view.sequences[rows], view.dispatched[rows]), scores)

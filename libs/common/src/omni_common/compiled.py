@@ -1,4 +1,4 @@
-"""How the solver's loops are compiled.
+"""How loops over arrays are compiled.
 
 Compiled functions call only those of their own file: numba's cache on disk notices changes of a function's own file,
 not of those it calls into. What passes between files are arrays.

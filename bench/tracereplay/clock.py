@@ -1,6 +1,7 @@
 """Simulated time: actions in order of their moment, and of entry where moments are equal."""
 
 import heapq
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,11 @@ class Clock:
 
     def after(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
         self.at(self.now_s + delay_s, action, *args)
+
+    def next_tick(self, phase_s: float, period_s: float) -> float:
+        """The next of the moments `period_s` apart, one of which is `phase_s`; with a period of 0 all are."""
+        ticks = math.floor((self.now_s - phase_s) / period_s) + 1 if period_s else 0
+        return max(self.now_s, phase_s + ticks * period_s)
 
     def run(self) -> None:
         """Until nothing is left to happen."""
