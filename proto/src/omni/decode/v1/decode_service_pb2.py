@@ -26,7 +26,7 @@ from omni.engine.v1 import engine_pb2 as omni_dot_engine_dot_v1_dot_engine__pb2
 from omni.kv.v1 import kv_pb2 as omni_dot_kv_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#omni/decode/v1/decode_service.proto\x12\x0eomni.decode.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\xb9\x01\n\x0eSessionRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.omni.decode.v1.HelloH\x00\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.omni.decode.v1.SubmitH\x00\x12&\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x15.omni.decode.v1.AbortH\x00\x12\"\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x13.omni.decode.v1.AckH\x00\x42\t\n\x07message\"\xa1\x01\n\x0fSessionResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.omni.decode.v1.WelcomeH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.omni.decode.v1.StepFrameH\x00\x12,\n\x08rejected\x18\x03 \x01(\x0b\x32\x18.omni.decode.v1.RejectedH\x00\x42\t\n\x07message\"\x19\n\x05Hello\x12\x10\n\x08proxy_id\x18\x01 \x01(\t\"A\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66rame_window\x18\x03 \x01(\r\"\xb1\x02\n\x06Submit\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_output_tokens\x18\x05 \x01(\r\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.omni.engine.v1.Sampling\x12\'\n\tkv_handle\x18\x07 \x01(\x0b\x32\x14.omni.kv.v1.KvHandle\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\x04\x12\x1c\n\x0funcached_tokens\x18\x0b \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_uncached_tokens\"\x1b\n\x05\x41\x62ort\x12\x12\n\nstream_ids\x18\x01 \x03(\r\"\x14\n\x03\x41\x63k\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\"\xe6\x01\n\tStepFrame\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12\x12\n\nstream_ids\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x06starts\x18\x05 \x03(\x0b\x32\x1d.omni.decode.v1.SequenceStart\x12\x32\n\x08logprobs\x18\x06 \x03(\x0b\x32 .omni.decode.v1.SequenceLogprobs\x12\x30\n\x08\x66inishes\x18\x07 \x03(\x0b\x32\x1e.omni.decode.v1.SequenceFinish\"\x8d\x01\n\rSequenceStart\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\rpulled_tokens\x18\x03 \x01(\r\x12\x11\n\tfell_back\x18\x04 \x01(\x08\x12(\n\x07timings\x18\x05 \x01(\x0b\x32\x17.omni.engine.v1.Timings\"Q\n\x10SequenceLogprobs\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.omni.engine.v1.Logprobs\"a\n\x0eSequenceFinish\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.omni.engine.v1.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"J\n\x08Rejected\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t2_\n\rDecodeService\x12N\n\x07Session\x12\x1e.omni.decode.v1.SessionRequest\x1a\x1f.omni.decode.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#omni/decode/v1/decode_service.proto\x12\x0eomni.decode.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\xb9\x01\n\x0eSessionRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.omni.decode.v1.HelloH\x00\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.omni.decode.v1.SubmitH\x00\x12&\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x15.omni.decode.v1.AbortH\x00\x12\"\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x13.omni.decode.v1.AckH\x00\x42\t\n\x07message\"\xa1\x01\n\x0fSessionResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.omni.decode.v1.WelcomeH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.omni.decode.v1.StepFrameH\x00\x12,\n\x08rejected\x18\x03 \x01(\x0b\x32\x18.omni.decode.v1.RejectedH\x00\x42\t\n\x07message\"\x19\n\x05Hello\x12\x10\n\x08proxy_id\x18\x01 \x01(\t\"A\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66rame_window\x18\x03 \x01(\r\"\xc2\x02\n\x06Submit\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_output_tokens\x18\x05 \x01(\r\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.omni.engine.v1.Sampling\x12\'\n\tkv_handle\x18\x07 \x01(\x0b\x32\x14.omni.kv.v1.KvHandle\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\x04\x12\x1c\n\x0funcached_tokens\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07\x61\x64\x61pter\x18\x0c \x01(\tB\x12\n\x10_uncached_tokens\"\x1b\n\x05\x41\x62ort\x12\x12\n\nstream_ids\x18\x01 \x03(\r\"\x14\n\x03\x41\x63k\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\"\xe6\x01\n\tStepFrame\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12\x12\n\nstream_ids\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12-\n\x06starts\x18\x05 \x03(\x0b\x32\x1d.omni.decode.v1.SequenceStart\x12\x32\n\x08logprobs\x18\x06 \x03(\x0b\x32 .omni.decode.v1.SequenceLogprobs\x12\x30\n\x08\x66inishes\x18\x07 \x03(\x0b\x32\x1e.omni.decode.v1.SequenceFinish\"\x8d\x01\n\rSequenceStart\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\rpulled_tokens\x18\x03 \x01(\r\x12\x11\n\tfell_back\x18\x04 \x01(\x08\x12(\n\x07timings\x18\x05 \x01(\x0b\x32\x17.omni.engine.v1.Timings\"Q\n\x10SequenceLogprobs\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.omni.engine.v1.Logprobs\"a\n\x0eSequenceFinish\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.omni.engine.v1.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"J\n\x08Rejected\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t2_\n\rDecodeService\x12N\n\x07Session\x12\x1e.omni.decode.v1.SessionRequest\x1a\x1f.omni.decode.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,21 +42,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WELCOME']._serialized_start=484
   _globals['_WELCOME']._serialized_end=549
   _globals['_SUBMIT']._serialized_start=552
-  _globals['_SUBMIT']._serialized_end=857
-  _globals['_ABORT']._serialized_start=859
-  _globals['_ABORT']._serialized_end=886
-  _globals['_ACK']._serialized_start=888
-  _globals['_ACK']._serialized_end=908
-  _globals['_STEPFRAME']._serialized_start=911
-  _globals['_STEPFRAME']._serialized_end=1141
-  _globals['_SEQUENCESTART']._serialized_start=1144
-  _globals['_SEQUENCESTART']._serialized_end=1285
-  _globals['_SEQUENCELOGPROBS']._serialized_start=1287
-  _globals['_SEQUENCELOGPROBS']._serialized_end=1368
-  _globals['_SEQUENCEFINISH']._serialized_start=1370
-  _globals['_SEQUENCEFINISH']._serialized_end=1467
-  _globals['_REJECTED']._serialized_start=1469
-  _globals['_REJECTED']._serialized_end=1543
-  _globals['_DECODESERVICE']._serialized_start=1545
-  _globals['_DECODESERVICE']._serialized_end=1640
+  _globals['_SUBMIT']._serialized_end=874
+  _globals['_ABORT']._serialized_start=876
+  _globals['_ABORT']._serialized_end=903
+  _globals['_ACK']._serialized_start=905
+  _globals['_ACK']._serialized_end=925
+  _globals['_STEPFRAME']._serialized_start=928
+  _globals['_STEPFRAME']._serialized_end=1158
+  _globals['_SEQUENCESTART']._serialized_start=1161
+  _globals['_SEQUENCESTART']._serialized_end=1302
+  _globals['_SEQUENCELOGPROBS']._serialized_start=1304
+  _globals['_SEQUENCELOGPROBS']._serialized_end=1385
+  _globals['_SEQUENCEFINISH']._serialized_start=1387
+  _globals['_SEQUENCEFINISH']._serialized_end=1484
+  _globals['_REJECTED']._serialized_start=1486
+  _globals['_REJECTED']._serialized_end=1560
+  _globals['_DECODESERVICE']._serialized_start=1562
+  _globals['_DECODESERVICE']._serialized_end=1657
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from omni.engine.v1 import engine_pb2 as omni_dot_engine_dot_v1_dot_engine__pb2
 from omni.kv.v1 import kv_pb2 as omni_dot_kv_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#omni/engine/v1/worker_service.proto\x12\x0eomni.engine.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\x11\n\x0f\x44\x65scribeRequest\"<\n\x10\x44\x65scribeResponse\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.omni.engine.v1.WorkerInfo\">\n\x11WatchStatsRequest\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\x12\x10\n\x08proxy_id\x18\x02 \x01(\t\"\xdd\x03\n\x12WatchStatsResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08kv_usage\x18\x06 \x01(\x01\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x0f\n\x07step_ms\x18\x08 \x01(\x01\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x18\n\x10generated_tokens\x18\n \x01(\x04\x12\x1e\n\x16\x63omputed_prompt_tokens\x18\x0b \x01(\x04\x12\x17\n\x0fothers_prefills\x18\x0c \x01(\r\x12\x1e\n\x16others_uncached_tokens\x18\r \x01(\x04\x12\x18\n\x10others_sequences\x18\x0e \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x0f \x01(\x04\x12\r\n\x05steps\x18\x10 \x01(\x04\x12\x0f\n\x07\x62usy_ms\x18\x11 \x01(\x01\x12\"\n\x04role\x18\x12 \x01(\x0e\x32\x14.omni.engine.v1.Role\x12\x0f\n\x07prompts\x18\x13 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x14 \x01(\x04\x12\x16\n\x0eprompt_busy_ms\x18\x15 \x01(\x01\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06resume\x18\x01 \x01(\x08\"A\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0e\n\x06leases\x18\x03 \x01(\r\"4\n\x0eSetRoleRequest\x12\"\n\x04role\x18\x01 \x01(\x0e\x32\x14.omni.engine.v1.Role\"]\n\x0fSetRoleResponse\x12\"\n\x04role\x18\x01 \x01(\x0e\x32\x14.omni.engine.v1.Role\x12&\n\x08previous\x18\x02 \x01(\x0e\x32\x14.omni.engine.v1.Role\"\x13\n\x11ListBlocksRequest\"[\n\x12ListBlocksResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x06medium\x18\x02 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\x32\x9e\x03\n\rWorkerService\x12M\n\x08\x44\x65scribe\x12\x1f.omni.engine.v1.DescribeRequest\x1a .omni.engine.v1.DescribeResponse\x12U\n\nWatchStats\x12!.omni.engine.v1.WatchStatsRequest\x1a\".omni.engine.v1.WatchStatsResponse0\x01\x12\x44\n\x05\x44rain\x12\x1c.omni.engine.v1.DrainRequest\x1a\x1d.omni.engine.v1.DrainResponse\x12J\n\x07SetRole\x12\x1e.omni.engine.v1.SetRoleRequest\x1a\x1f.omni.engine.v1.SetRoleResponse\x12U\n\nListBlocks\x12!.omni.engine.v1.ListBlocksRequest\x1a\".omni.engine.v1.ListBlocksResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#omni/engine/v1/worker_service.proto\x12\x0eomni.engine.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\x11\n\x0f\x44\x65scribeRequest\"<\n\x10\x44\x65scribeResponse\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.omni.engine.v1.WorkerInfo\">\n\x11WatchStatsRequest\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\x12\x10\n\x08proxy_id\x18\x02 \x01(\t\"\xef\x03\n\x12WatchStatsResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08kv_usage\x18\x06 \x01(\x01\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x0f\n\x07step_ms\x18\x08 \x01(\x01\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x18\n\x10generated_tokens\x18\n \x01(\x04\x12\x1e\n\x16\x63omputed_prompt_tokens\x18\x0b \x01(\x04\x12\x17\n\x0fothers_prefills\x18\x0c \x01(\r\x12\x1e\n\x16others_uncached_tokens\x18\r \x01(\x04\x12\x18\n\x10others_sequences\x18\x0e \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x0f \x01(\x04\x12\r\n\x05steps\x18\x10 \x01(\x04\x12\x0f\n\x07\x62usy_ms\x18\x11 \x01(\x01\x12\"\n\x04role\x18\x12 \x01(\x0e\x32\x14.omni.engine.v1.Role\x12\x0f\n\x07prompts\x18\x13 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x14 \x01(\x04\x12\x16\n\x0eprompt_busy_ms\x18\x15 \x01(\x01\x12\x10\n\x08\x61\x64\x61pters\x18\x16 \x03(\t\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06resume\x18\x01 \x01(\x08\"A\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0e\n\x06leases\x18\x03 \x01(\r\"4\n\x0eSetRoleRequest\x12\"\n\x04role\x18\x01 \x01(\x0e\x32\x14.omni.engine.v1.Role\"]\n\x0fSetRoleResponse\x12\"\n\x04role\x18\x01 \x01(\x0e\x32\x14.omni.engine.v1.Role\x12&\n\x08previous\x18\x02 \x01(\x0e\x32\x14.omni.engine.v1.Role\"\x13\n\x11ListBlocksRequest\"[\n\x12ListBlocksResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x06medium\x18\x02 \x01(\x0e\x32\x12.omni.kv.v1.Medium\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\x32\x9e\x03\n\rWorkerService\x12M\n\x08\x44\x65scribe\x12\x1f.omni.engine.v1.DescribeRequest\x1a .omni.engine.v1.DescribeResponse\x12U\n\nWatchStats\x12!.omni.engine.v1.WatchStatsRequest\x1a\".omni.engine.v1.WatchStatsResponse0\x01\x12\x44\n\x05\x44rain\x12\x1c.omni.engine.v1.DrainRequest\x1a\x1d.omni.engine.v1.DrainResponse\x12J\n\x07SetRole\x12\x1e.omni.engine.v1.SetRoleRequest\x1a\x1f.omni.engine.v1.SetRoleResponse\x12U\n\nListBlocks\x12!.omni.engine.v1.ListBlocksRequest\x1a\".omni.engine.v1.ListBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,19 +40,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHSTATSREQUEST']._serialized_start=186
   _globals['_WATCHSTATSREQUEST']._serialized_end=248
   _globals['_WATCHSTATSRESPONSE']._serialized_start=251
-  _globals['_WATCHSTATSRESPONSE']._serialized_end=728
-  _globals['_DRAINREQUEST']._serialized_start=730
-  _globals['_DRAINREQUEST']._serialized_end=760
-  _globals['_DRAINRESPONSE']._serialized_start=762
-  _globals['_DRAINRESPONSE']._serialized_end=827
-  _globals['_SETROLEREQUEST']._serialized_start=829
-  _globals['_SETROLEREQUEST']._serialized_end=881
-  _globals['_SETROLERESPONSE']._serialized_start=883
-  _globals['_SETROLERESPONSE']._serialized_end=976
-  _globals['_LISTBLOCKSREQUEST']._serialized_start=978
-  _globals['_LISTBLOCKSREQUEST']._serialized_end=997
-  _globals['_LISTBLOCKSRESPONSE']._serialized_start=999
-  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1090
-  _globals['_WORKERSERVICE']._serialized_start=1093
-  _globals['_WORKERSERVICE']._serialized_end=1507
+  _globals['_WATCHSTATSRESPONSE']._serialized_end=746
+  _globals['_DRAINREQUEST']._serialized_start=748
+  _globals['_DRAINREQUEST']._serialized_end=778
+  _globals['_DRAINRESPONSE']._serialized_start=780
+  _globals['_DRAINRESPONSE']._serialized_end=845
+  _globals['_SETROLEREQUEST']._serialized_start=847
+  _globals['_SETROLEREQUEST']._serialized_end=899
+  _globals['_SETROLERESPONSE']._serialized_start=901
+  _globals['_SETROLERESPONSE']._serialized_end=994
+  _globals['_LISTBLOCKSREQUEST']._serialized_start=996
+  _globals['_LISTBLOCKSREQUEST']._serialized_end=1015
+  _globals['_LISTBLOCKSRESPONSE']._serialized_start=1017
+  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1108
+  _globals['_WORKERSERVICE']._serialized_start=1111
+  _globals['_WORKERSERVICE']._serialized_end=1525
 # @@protoc_insertion_point(module_scope)

@@ -1,8 +1,9 @@
 from omni.engine.v1 import engine_pb2 as _engine_pb2
 from omni.kv.v1 import kv_pb2 as _kv_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -26,7 +27,7 @@ class WatchStatsRequest(_message.Message):
     def __init__(self, min_interval_ms: _Optional[int] = ..., proxy_id: _Optional[str] = ...) -> None: ...
 
 class WatchStatsResponse(_message.Message):
-    __slots__ = ("worker_id", "epoch", "running", "waiting", "queued_tokens", "kv_usage", "leases", "step_ms", "draining", "generated_tokens", "computed_prompt_tokens", "others_prefills", "others_uncached_tokens", "others_sequences", "context_tokens", "steps", "busy_ms", "role", "prompts", "prompt_tokens", "prompt_busy_ms")
+    __slots__ = ("worker_id", "epoch", "running", "waiting", "queued_tokens", "kv_usage", "leases", "step_ms", "draining", "generated_tokens", "computed_prompt_tokens", "others_prefills", "others_uncached_tokens", "others_sequences", "context_tokens", "steps", "busy_ms", "role", "prompts", "prompt_tokens", "prompt_busy_ms", "adapters")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +49,7 @@ class WatchStatsResponse(_message.Message):
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_BUSY_MS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     running: int
@@ -69,7 +71,8 @@ class WatchStatsResponse(_message.Message):
     prompts: int
     prompt_tokens: int
     prompt_busy_ms: float
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., leases: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., generated_tokens: _Optional[int] = ..., computed_prompt_tokens: _Optional[int] = ..., others_prefills: _Optional[int] = ..., others_uncached_tokens: _Optional[int] = ..., others_sequences: _Optional[int] = ..., context_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., busy_ms: _Optional[float] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ..., prompts: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_busy_ms: _Optional[float] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., leases: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., generated_tokens: _Optional[int] = ..., computed_prompt_tokens: _Optional[int] = ..., others_prefills: _Optional[int] = ..., others_uncached_tokens: _Optional[int] = ..., others_sequences: _Optional[int] = ..., context_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., busy_ms: _Optional[float] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ..., prompts: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_busy_ms: _Optional[float] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("resume",)

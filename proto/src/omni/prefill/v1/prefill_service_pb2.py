@@ -26,7 +26,7 @@ from omni.engine.v1 import engine_pb2 as omni_dot_engine_dot_v1_dot_engine__pb2
 from omni.kv.v1 import kv_pb2 as omni_dot_kv_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%omni/prefill/v1/prefill_service.proto\x12\x0fomni.prefill.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\xde\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.omni.engine.v1.Sampling\x12\x12\n\nblock_keys\x18\x05 \x01(\x0c\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08proxy_id\x18\x07 \x01(\t\x12\x1c\n\x0funcached_tokens\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_uncached_tokens\"\x96\x02\n\x0fPrefillResponse\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x33\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1c.omni.engine.v1.FinishReason\x12*\n\x08logprobs\x18\x03 \x01(\x0b\x32\x18.omni.engine.v1.Logprobs\x12\'\n\tkv_handle\x18\x04 \x01(\x0b\x32\x14.omni.kv.v1.KvHandle\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12(\n\x07timings\x18\x06 \x01(\x0b\x32\x17.omni.engine.v1.Timings\x12\x11\n\tworker_id\x18\x07 \x01(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\"$\n\x10ReleaseKvRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"%\n\x11ReleaseKvResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\x32\xb2\x01\n\x0ePrefillService\x12L\n\x07Prefill\x12\x1f.omni.prefill.v1.PrefillRequest\x1a .omni.prefill.v1.PrefillResponse\x12R\n\tReleaseKv\x12!.omni.prefill.v1.ReleaseKvRequest\x1a\".omni.prefill.v1.ReleaseKvResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%omni/prefill/v1/prefill_service.proto\x12\x0fomni.prefill.v1\x1a\x1bomni/engine/v1/engine.proto\x1a\x13omni/kv/v1/kv.proto\"\xef\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.omni.engine.v1.Sampling\x12\x12\n\nblock_keys\x18\x05 \x01(\x0c\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08proxy_id\x18\x07 \x01(\t\x12\x1c\n\x0funcached_tokens\x18\x08 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07\x61\x64\x61pter\x18\t \x01(\tB\x12\n\x10_uncached_tokens\"\x96\x02\n\x0fPrefillResponse\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x33\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1c.omni.engine.v1.FinishReason\x12*\n\x08logprobs\x18\x03 \x01(\x0b\x32\x18.omni.engine.v1.Logprobs\x12\'\n\tkv_handle\x18\x04 \x01(\x0b\x32\x14.omni.kv.v1.KvHandle\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12(\n\x07timings\x18\x06 \x01(\x0b\x32\x17.omni.engine.v1.Timings\x12\x11\n\tworker_id\x18\x07 \x01(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\"$\n\x10ReleaseKvRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"%\n\x11ReleaseKvResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\x32\xb2\x01\n\x0ePrefillService\x12L\n\x07Prefill\x12\x1f.omni.prefill.v1.PrefillRequest\x1a .omni.prefill.v1.PrefillResponse\x12R\n\tReleaseKv\x12!.omni.prefill.v1.ReleaseKvRequest\x1a\".omni.prefill.v1.ReleaseKvResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omni.prefill.v1.prefill_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=109
-  _globals['_PREFILLREQUEST']._serialized_end=331
-  _globals['_PREFILLRESPONSE']._serialized_start=334
-  _globals['_PREFILLRESPONSE']._serialized_end=612
-  _globals['_RELEASEKVREQUEST']._serialized_start=614
-  _globals['_RELEASEKVREQUEST']._serialized_end=650
-  _globals['_RELEASEKVRESPONSE']._serialized_start=652
-  _globals['_RELEASEKVRESPONSE']._serialized_end=689
-  _globals['_PREFILLSERVICE']._serialized_start=692
-  _globals['_PREFILLSERVICE']._serialized_end=870
+  _globals['_PREFILLREQUEST']._serialized_end=348
+  _globals['_PREFILLRESPONSE']._serialized_start=351
+  _globals['_PREFILLRESPONSE']._serialized_end=629
+  _globals['_RELEASEKVREQUEST']._serialized_start=631
+  _globals['_RELEASEKVREQUEST']._serialized_end=667
+  _globals['_RELEASEKVRESPONSE']._serialized_start=669
+  _globals['_RELEASEKVRESPONSE']._serialized_end=706
+  _globals['_PREFILLSERVICE']._serialized_start=709
+  _globals['_PREFILLSERVICE']._serialized_end=887
 # @@protoc_insertion_point(module_scope)

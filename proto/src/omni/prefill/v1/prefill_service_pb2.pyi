@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "model", "token_ids", "sampling", "block_keys", "cache_salt", "proxy_id", "uncached_tokens")
+    __slots__ = ("request_id", "model", "token_ids", "sampling", "block_keys", "cache_salt", "proxy_id", "uncached_tokens", "adapter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class PrefillRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PROXY_ID_FIELD_NUMBER: _ClassVar[int]
     UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -26,7 +27,8 @@ class PrefillRequest(_message.Message):
     cache_salt: str
     proxy_id: str
     uncached_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_engine_pb2.Sampling, _Mapping]] = ..., block_keys: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., proxy_id: _Optional[str] = ..., uncached_tokens: _Optional[int] = ...) -> None: ...
+    adapter: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_engine_pb2.Sampling, _Mapping]] = ..., block_keys: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., proxy_id: _Optional[str] = ..., uncached_tokens: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("first_token_id", "finish_reason", "logprobs", "kv_handle", "cached_tokens", "timings", "worker_id", "epoch")
