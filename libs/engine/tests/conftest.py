@@ -62,7 +62,7 @@ class Hosted:
 @asynccontextmanager
 async def _hosted(**settings: object) -> AsyncIterator[Hosted]:
     parsed = Settings.model_validate({"engine": "sim", **settings})
-    engine = SimEngine(parsed.sim, parsed.model_name)
+    engine = SimEngine(parsed.sim, parsed.model_name, adapters=parsed.adapters)
     registry = CollectorRegistry()
     host = WorkerHost(parsed, engine, registry)
     port = await host.start()

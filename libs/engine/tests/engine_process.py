@@ -2,7 +2,7 @@
 
 import asyncio
 import multiprocessing
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,11 +24,13 @@ PRELOADED = ["torch._inductor.standalone_compile", "transformers"]
 class EngineProcess:
     """Calls go to the engine in the child by name; errors come back as exceptions."""
 
-    def __init__(self, settings: VllmSettings, model_dir: Path, role: str) -> None:
+    def __init__(
+        self, settings: VllmSettings, model_dir: Path, role: str, adapters: Mapping[str, Path] | None = None
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, settings, model_dir, role))
+        self._process = context.Process(target=_serve, args=(child, settings, model_dir, role, adapters))
         self._process.start()
 
     def wait_started(self) -> None:
@@ -89,12 +91,16 @@ def started(*engines: EngineProcess) -> Iterator[None]:
             engine.close()
 
 
-def _serve(pipe: Connection, settings: VllmSettings, model_dir: Path, role: Any) -> None:
-    asyncio.run(_answer(pipe, settings, model_dir, role))
+def _serve(
+    pipe: Connection, settings: VllmSettings, model_dir: Path, role: Any, adapters: Mapping[str, Path] | None
+) -> None:
+    asyncio.run(_answer(pipe, settings, model_dir, role, adapters))
 
 
-async def _answer(pipe: Connection, settings: VllmSettings, model_dir: Path, role: Any) -> None:
-    engine = VllmEngine(settings, model_dir, model_dir.name, role)
+async def _answer(
+    pipe: Connection, settings: VllmSettings, model_dir: Path, role: Any, adapters: Mapping[str, Path] | None
+) -> None:
+    engine = VllmEngine(settings, model_dir, model_dir.name, role, adapters)
     batches: list[Any] = []
     try:
         await engine.start()

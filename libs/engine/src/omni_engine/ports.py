@@ -93,13 +93,17 @@ class KvHandle:
 
 @dataclass(frozen=True, slots=True)
 class PrefillJob:
-    """`uncached_tokens` is what the caller believes is to be computed; None: all of the prompt."""
+    """`uncached_tokens` is what the caller believes is to be computed; None: all of the prompt.
+
+    `adapter` names one of `EngineInfo.adapters`; empty: the model itself.
+    """
 
     request_id: str
     token_ids: Sequence[int]
     sampling: SamplingParams
     cache_salt: str = ""
     uncached_tokens: int | None = None
+    adapter: str = ""
 
     @property
     def believed_tokens(self) -> int:
@@ -124,7 +128,8 @@ class DecodeJob:
     """`token_ids` are the prompt and then `num_output_tokens` tokens generated elsewhere.
 
     With a handle its `num_tokens` leading tokens are pulled; without one all are computed here. `uncached_tokens` is
-    what the caller believes is to be computed; None: all that is not pulled.
+    what the caller believes is to be computed; None: all that is not pulled. `adapter` as in `PrefillJob`; the handle's
+    blocks were computed with the same.
     """
 
     request_id: str
@@ -134,6 +139,7 @@ class DecodeJob:
     kv_handle: KvHandle | None = None
     cache_salt: str = ""
     uncached_tokens: int | None = None
+    adapter: str = ""
 
     @property
     def believed_tokens(self) -> int:
@@ -177,6 +183,7 @@ class EngineInfo:
     Experts are spread over `num_ep_ranks` ranks, each with `expert_slots_per_rank` places per layer; 0 and 0 without
     expert parallelism. `ranks_per_host` consecutive ranks share a host (0: all do); one expert of one layer has weights
     of `expert_bytes` (0: unknown). `speculative` is the drafter and its tokens as 'mtp:2', empty without one.
+    `adapters` are the LoRA adapters it serves, sorted; bringing one into a slot takes `adapter_load_ms` (0: unknown).
     """
 
     model: str
@@ -198,6 +205,8 @@ class EngineInfo:
     ranks_per_host: int = 0
     expert_bytes: int = 0
     speculative: str = ""
+    adapters: tuple[str, ...] = ()
+    adapter_load_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +217,7 @@ class EngineStats:
     wall time is known; `busy_ms` is the sum of these times. With speculative decoding a step gives a sequence several
     tokens: it counts as so many steps, the mean over its sequences, and `step_ms` is the time of one of them.
     Of `drafted_tokens` so far, `accepted_tokens` were right, `accepted_by_position` in each place of a draft.
+    `adapters` lie in the engine's slots: those of its sequences, then the last used.
     """
 
     running: int = 0
@@ -225,6 +235,7 @@ class EngineStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     accepted_by_position: tuple[int, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omni_common.errors import FailedPrecondition, Internal, InvalidRequest, Unavailable
+from omni_engine.adapters import AdapterSlots
 from omni_engine.ports import (
     DecodeJob,
     EngineInfo,
@@ -39,7 +40,7 @@ from omni_engine.vllm_event_stream import EventStream
 from omni_engine.vllm_events import EventReader, KvGroups
 from omni_engine.vllm_experts import AGREE_EVERY_STEPS, NUDGE, Experts
 from omni_engine.vllm_kernels import read_kernel_calls
-from omni_engine.vllm_launch import build, describe
+from omni_engine.vllm_launch import build, describe, lora_requests
 from omni_engine.vllm_leases import CLOCKS_DIFFER_S, LEASE_BEGAN, LEASE_ENDS, Leases, numbered
 from omni_engine.vllm_outputs import (
     PendingPrefill,
@@ -72,11 +73,19 @@ _KEEP_FOR_PULL = {
 class VllmEngine:
     """One vLLM engine in this process; its core and workers are child processes."""
 
-    def __init__(self, settings: VllmSettings, model_dir: Path, model: str, role: Role) -> None:
+    def __init__(
+        self,
+        settings: VllmSettings,
+        model_dir: Path,
+        model: str,
+        role: Role,
+        adapters: Mapping[str, Path] | None = None,
+    ) -> None:
         self._settings = settings
-        self._plan = plan_launch(settings, model_dir, model, role)
+        self._plan = plan_launch(settings, model_dir, model, role, adapters)
         self._model = model
-        self._tracker = Tracker()
+        self._tracker = Tracker(AdapterSlots(self._plan.adapter_slots))
+        self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._llm: Any = None
@@ -117,6 +126,8 @@ class VllmEngine:
                 "omni_pin", _RPC_TIMEOUT_S, (cores_by_rank(self._settings.cores),)
             )
         await self._warm_up()
+        if self._plan.adapters:
+            await self._take_adapters()
         if self._settings.expert_parallel:
             self._experts = await self._take_experts()
 
@@ -126,8 +137,8 @@ class VllmEngine:
         core_id = self._core_id(job.request_id)
         params = self._sampling(job.sampling, dict(_KEEP_FOR_PULL) if wants_handle else None, max_tokens=1)
         done: asyncio.Future[tuple[Any, float]] = asyncio.get_running_loop().create_future()
-        pending = PendingPrefill(core_id, job.request_id, job.believed_tokens, time.monotonic(), done)
-        await self._add(core_id, job.token_ids, params, job.cache_salt, pending)
+        pending = PendingPrefill(core_id, job.request_id, job.believed_tokens, time.monotonic(), done, job.adapter)
+        await self._add(job, params, pending)
         try:
             output, timestamp_s = await done
         except asyncio.CancelledError:
@@ -166,8 +177,9 @@ class VllmEngine:
             time.monotonic(),
             sink,
             expects_pull=transfer is not None,
+            adapter=job.adapter,
         )
-        await self._add(core_id, job.token_ids, params, job.cache_salt, sequence)
+        await self._add(job, params, sequence)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         core_ids = self._tracker.core_ids(request_ids)
@@ -253,10 +265,9 @@ class VllmEngine:
         if output.kv_transfer_params and self._leases is not None:
             self._leases.release_later(output.request_id)
 
-    async def _add(
-        self, core_id: str, token_ids: Sequence[int], params: Any, salt: str, work: PendingPrefill | RunningSequence
-    ) -> None:
-        request = self._core_request(core_id, token_ids, params, salt)
+    async def _add(self, job: PrefillJob | DecodeJob, params: Any, work: PendingPrefill | RunningSequence) -> None:
+        core_id = work.core_id
+        request = self._core_request(core_id, job, params)
         self._tracker.add(work)
         try:
             await self._llm.engine_core.add_request_async(request)
@@ -267,12 +278,15 @@ class VllmEngine:
             self._tracker.drop(core_id)
             raise
 
-    def _core_request(self, core_id: str, token_ids: Sequence[int], params: Any, salt: str) -> Any:
-        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(token_ids)}
-        if salt:
-            prompt["cache_salt"] = salt
+    def _core_request(self, core_id: str, job: PrefillJob | DecodeJob, params: Any) -> Any:
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(job.token_ids)}
+        if job.cache_salt:
+            prompt["cache_salt"] = job.cache_salt
+        adapter = self._adapters[job.adapter] if job.adapter else None
         try:
-            return self._llm.input_processor.process_inputs(core_id, prompt, params, ("generate",))
+            return self._llm.input_processor.process_inputs(
+                core_id, prompt, params, ("generate",), lora_request=adapter
+            )
         except Exception as error:  # input processing does nothing but check and copy
             raise InvalidRequest(_one_line(error), field=getattr(error, "parameter", None)) from None
 
@@ -348,6 +362,33 @@ class VllmEngine:
             expert_bytes=experts.expert_bytes,
         )
         return experts
+
+    async def _take_adapters(self) -> None:
+        """Load every adapter, so that a broken one is known now.
+
+        Then, where there are more than slots, bring each into a slot again: only that is left to do later.
+        """
+        requests = lora_requests(self._plan.adapters)
+        elapsed_ms = [await self._load(request) for request in requests]
+        if self._plan.adapter_slots < len(requests):
+            elapsed_ms = [await self._load(request) for request in requests]
+        self._adapters = {request.lora_name: request for request in requests}
+        load_ms = sum(elapsed_ms) / len(elapsed_ms)
+        self._info = dataclasses.replace(self.info, adapters=tuple(self._adapters), adapter_load_ms=load_ms)
+
+    async def _load(self, request: Any) -> float:
+        """Bring an adapter into a slot; returns the milliseconds it took."""
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                await self._llm.engine_core.add_lora_async(request)
+        except TimeoutError:
+            limit_s = self._settings.start_timeout_s
+            raise Internal(f"adapters: {request.lora_name!r} was not loaded within {limit_s:.0f} s") from None
+        except Exception as error:
+            raise Internal(f"adapters: {request.lora_name!r} cannot be loaded: {_one_line(error)}") from error
+        self._tracker.slots.touch(request.lora_name)
+        return (time.monotonic() - started_s) * 1e3
 
     async def _nudge(self) -> None:
         """Make an idle engine take a few steps; a busy one takes them anyway."""

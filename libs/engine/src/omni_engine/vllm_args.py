@@ -6,14 +6,18 @@ import shutil
 import socket
 import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from omni_common.errors import InvalidRequest
-from omni_engine import vllm_pattern
+from omni_engine import vllm_adapters, vllm_pattern
 from omni_engine.plugin import EXPERTS_VARIABLE, PROGRESS_VARIABLE
+from omni_engine.vllm_adapters import Adapter, read_adapters
 from omni_engine.vllm_cpu_fixes import (
+    ADAPTER_OPS,
+    ADAPTERS_BESIDE_EXPERTS,
     DRAFT_SAMPLING,
     FIXES_VARIABLE,
     INT8_EXPERTS,
@@ -42,6 +46,7 @@ class LaunchPlan:
     """What one engine start needs: vLLM arguments, environment, and a folder for its KV events, not made yet.
 
     `fixed_role` and `speculative` as in `EngineInfo`. `pattern` is the digest of an attention pattern.
+    At most `adapter_slots` of the `adapters` are in one batch.
     """
 
     arguments: dict[str, Any]
@@ -51,6 +56,8 @@ class LaunchPlan:
     fixed_role: str
     speculative: str = ""
     pattern: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    adapter_slots: int = 0
 
     @property
     def events_endpoint(self) -> str:
@@ -61,18 +68,22 @@ class LaunchPlan:
         return f"ipc://{self.events_dir}/replay"
 
 
-def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role) -> LaunchPlan:
+def plan_launch(
+    settings: VllmSettings, model_dir: Path, model: str, role: Role, adapter_dirs: Mapping[str, Path] | None = None
+) -> LaunchPlan:
     """Arguments and environment of an engine.
 
     Raises:
         InvalidRequest: the model directory has no config.json, its architecture cannot use the cache dtype or the
-            drafter, or its experts cannot be spread as asked.
+            drafter, its experts cannot be spread as asked, or an adapter cannot be served.
     """
     config = _model_config(model_dir)
     _check_cache_dtype(settings, config)
     _check_experts(settings, config)
     _check_cores(settings)
     pattern = read_pattern(settings, config)
+    adapters = read_adapters(adapter_dirs or {}, settings, model_dir, config)
+    slots = min(settings.adapter_slots or len(adapters), len(adapters))
     engine_id = uuid.uuid4().hex
     events_dir = Path(tempfile.gettempdir()) / f"omni-kv-{engine_id}" if settings.kv_events else None
     arguments: dict[str, Any] = {
@@ -103,13 +114,17 @@ def plan_launch(settings: VllmSettings, model_dir: Path, model: str, role: Role)
     drafter = settings.speculative.for_model(config) if settings.speculative else None
     if drafter and (drafting := _drafting(drafter, settings, role)):
         arguments["speculative_config"] = drafting
+    if adapters:
+        arguments |= vllm_adapters.arguments(adapters, slots)
     environment = _environment(settings)
-    if fixes := _cpu_fixes(settings, config):
+    if fixes := _cpu_fixes(settings, config, has_adapters=bool(adapters)):
         environment[FIXES_VARIABLE] = fixes
     fixed = _fixed_role(settings, role)
     speculative = str(drafter) if drafter else ""
     digest = pattern.digest if pattern and not pattern.is_full else None
-    plan = LaunchPlan(arguments, environment, engine_id, events_dir, fixed, speculative, digest)
+    plan = LaunchPlan(
+        arguments, environment, engine_id, events_dir, fixed, speculative, digest, adapters, adapter_slots=slots
+    )
     if events_dir:
         arguments["kv_events_config"] = {
             "enable_kv_cache_events": True,
@@ -132,7 +147,7 @@ def _drafting(drafter: Speculation, settings: VllmSettings, role: Role) -> dict[
     return drafter.arguments(prefill_only=role == "prefill" and not settings.any_role)
 
 
-def _cpu_fixes(settings: VllmSettings, config: dict[str, Any]) -> str:
+def _cpu_fixes(settings: VllmSettings, config: dict[str, Any], *, has_adapters: bool) -> str:
     """What `vllm_cpu_fixes` must correct for this model on this machine."""
     if not settings.on_cpu:
         return ""
@@ -140,6 +155,8 @@ def _cpu_fixes(settings: VllmSettings, config: dict[str, Any]) -> str:
         LATENT_ROTARY: config.get("kv_lora_rank"),
         INT8_EXPERTS: config.get("quantization_config"),
         DRAFT_SAMPLING: settings.speculative,
+        ADAPTER_OPS: has_adapters,
+        ADAPTERS_BESIDE_EXPERTS: has_adapters and _num_experts_of(config),
         MEMORY_IN_PLACE: has_one_memory_node(),
         SHORT_SPIN: has_few_cores(),
     }

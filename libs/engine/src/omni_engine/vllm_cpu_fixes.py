@@ -1,4 +1,4 @@
-"""Corrections of vLLM's CPU platform, made in the engine's own processes. Booked in UPSTREAM.md, rows 11 and 35 to 38.
+"""Corrections of vLLM's CPU platform, made in the engine's own processes. Rows 11, 35 to 38, 40 and 41 of UPSTREAM.md.
 
 `vllm_args` names those an engine needs in FIXES_VARIABLE; `plugin.py` calls `install` before the model is made.
 """
@@ -15,6 +15,8 @@ INT8_EXPERTS = "int8_experts"
 DRAFT_SAMPLING = "draft_sampling"
 MEMORY_IN_PLACE = "memory_in_place"
 SHORT_SPIN = "short_spin"
+ADAPTERS_BESIDE_EXPERTS = "adapters_beside_experts"
+ADAPTER_OPS = "adapter_ops"
 
 # Core and worker of two engines: on fewer cores one that spins takes the time of one that computes.
 _SPINNING_CORES = 4
@@ -117,10 +119,34 @@ def _add_int8_experts() -> None:
     importlib.import_module("omni_kernels.quantize.vllm_experts").install()
 
 
+def _keep_expert_kernels() -> None:
+    """Choose the kernels of experts as without adapters, for adapters that leave the experts alone.
+
+    With adapters vLLM takes its Triton kernels for all experts, which a CPU has not: the first step ends the engine.
+    """
+    config: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.config").FusedMoEConfig
+    made = config.__post_init__
+    if getattr(made, "omni_fix", False):
+        return
+
+    def post_init(self: Any) -> None:
+        made(self)
+        self.is_lora_enabled = False
+
+    post_init.omni_fix = True  # type: ignore[attr-defined]
+    config.__post_init__ = post_init
+
+
+def _add_adapter_ops() -> None:
+    importlib.import_module("omni_engine.vllm_adapter_ops").install()
+
+
 _FIXES: Mapping[str, Callable[[], None]] = {
     LATENT_ROTARY: _fix_latent_rotary,
     INT8_EXPERTS: _add_int8_experts,
     DRAFT_SAMPLING: _fix_draft_sampling,
     MEMORY_IN_PLACE: _keep_memory_in_place,
     SHORT_SPIN: _spin_briefly,
+    ADAPTERS_BESIDE_EXPERTS: _keep_expert_kernels,
+    ADAPTER_OPS: _add_adapter_ops,
 }

@@ -1,9 +1,11 @@
 """Starting vLLM from a launch plan, and what the engine that came of it is."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from omni_common.errors import InvalidRequest
 from omni_engine.ports import EngineInfo
+from omni_engine.vllm_adapters import Adapter
 from omni_engine.vllm_args import EXPERT_COUNTS, LaunchPlan
 from omni_engine.vllm_events import KvGroups
 from omni_engine.vllm_pattern import require_known_vllm
@@ -50,6 +52,13 @@ def _require_known_layers(settings: VllmSettings) -> None:
         for name, is_asked in asked.items():
             if is_asked:
                 raise InvalidRequest(f"{name} needs vLLM 0.32; this is {vllm.__version__}", field=f"vllm.{name}")
+
+
+def lora_requests(adapters: Sequence[Adapter]) -> list[Any]:
+    """What vLLM is to be asked with, for each adapter."""
+    from vllm.lora.request import LoRARequest
+
+    return [LoRARequest(adapter.name, adapter.number, str(adapter.path)) for adapter in adapters]
 
 
 def describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, groups: KvGroups) -> EngineInfo:

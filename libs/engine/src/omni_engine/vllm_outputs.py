@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_engine import ports
+from omni_engine.adapters import AdapterSlots
 from omni_engine.ports import EngineStats, FinishReason, Logprobs, SequenceOutput, SequenceStart, StepSink, Timings
 
 _REASONS = {
@@ -28,6 +29,7 @@ class PendingPrefill:
     believed_tokens: int
     submitted_s: float
     done: asyncio.Future[tuple[Any, float]]
+    adapter: str = ""
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class RunningSequence:
     submitted_s: float
     sink: StepSink
     expects_pull: bool
+    adapter: str = ""
     queued_s: float = 0.0
     scheduled_s: float = 0.0
     generated: int = 0
@@ -53,6 +56,7 @@ class RunningSequence:
 class Tracker:
     """Work in flight by vLLM's request id, and the counters `EngineStats` is read from."""
 
+    slots: AdapterSlots = field(default_factory=AdapterSlots)
     prefills: dict[str, PendingPrefill] = field(default_factory=dict)
     sequences: dict[str, RunningSequence] = field(default_factory=dict)
     queued_tokens: int = 0
@@ -75,6 +79,7 @@ class Tracker:
 
     def add(self, work: PendingPrefill | RunningSequence) -> None:
         self.queued_tokens += work.believed_tokens
+        self.slots.enter(work.adapter)
         if isinstance(work, PendingPrefill):
             self.prefills[work.core_id] = work
         else:
@@ -83,6 +88,8 @@ class Tracker:
     def drop(self, core_id: str) -> PendingPrefill | RunningSequence | None:
         """Forget work that will give no further output."""
         work = self.prefills.pop(core_id, None) or self.sequences.pop(core_id, None)
+        if work is not None:
+            self.slots.leave(work.adapter)
         if isinstance(work, RunningSequence) and work.has_started:
             self.context_tokens -= work.num_tokens + work.generated
         elif work is not None:
@@ -144,6 +151,7 @@ class Tracker:
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
             accepted_by_position=tuple(self.accepted_by_position),
+            adapters=self.slots.names,
         )
 
     def _count(self, outputs: Any) -> None:
@@ -192,6 +200,7 @@ class Tracker:
         if prefill is None:
             return False
         self.queued_tokens -= prefill.believed_tokens
+        self.slots.leave(prefill.adapter)
         self.generated_tokens += len(output.new_token_ids)
         if (stats := output.prefill_stats) is not None:
             self.computed_prompt_tokens += stats.num_computed_tokens

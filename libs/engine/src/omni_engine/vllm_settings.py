@@ -33,6 +33,9 @@ class VllmSettings(BaseModel):
     redundant_experts: int = Field(
         0, ge=0, description="Spare expert slots per layer over all ranks, for second copies of busy experts"
     )
+    adapter_slots: int | None = Field(
+        None, ge=1, description="Different LoRA adapters in one batch; default: all that are served"
+    )
     cores: str | None = Field(None, description="CPU cores of the engine's workers, e.g. '0-3' or '0-1|2-3' for two")
     enforce_eager: bool | None = Field(
         None, description="No torch.compile; default: only where no C++ compiler is found"

@@ -1,7 +1,7 @@
 """Whether the worker takes one more piece of work, of which leg, and how much it has taken."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from omni_common.errors import FailedPrecondition, ResourceExhausted, Unavailable
@@ -13,11 +13,12 @@ _SHORTEST_RETRY_S = 0.05
 
 
 class Admission:
-    """Counts accepted prefills and sequences; refuses when not ready, draining, full, or of another model or leg."""
+    """Counts accepted prefills and sequences; refuses when not ready, draining or full, and what it does not serve."""
 
     def __init__(self, model: str, role: EngineRole = "both") -> None:
         self._model = model
         self._limit = 0
+        self._adapters: frozenset[str] = frozenset()
         self._seconds = _FIRST_GUESS_S
         self._changed = asyncio.Event()
         self.active = 0
@@ -26,9 +27,10 @@ class Admission:
         self.is_draining = False
         self.role: EngineRole = role
 
-    def open(self, limit: int) -> None:
-        """The engine is loaded; at most `limit` pieces of work at once."""
+    def open(self, limit: int, adapters: Iterable[str] = ()) -> None:
+        """The engine is loaded; at most `limit` pieces of work at once, of the model or one of its adapters."""
         self._limit = limit
+        self._adapters = frozenset(adapters)
         self.is_ready = True
         self._announce()
 
@@ -46,21 +48,25 @@ class Admission:
         self.role = role
         self._announce()
 
-    def check(self, model: str, leg: Leg) -> None:
+    def check(self, model: str, leg: Leg, adapter: str = "") -> None:
         """Raises Unavailable, FailedPrecondition or ResourceExhausted for work that is not taken."""
         try:
-            self._check(model, leg)
+            self._check(model, leg, adapter)
         except (Unavailable, FailedPrecondition, ResourceExhausted):
             self.refused += 1
             raise
 
-    def _check(self, model: str, leg: Leg) -> None:
+    def _check(self, model: str, leg: Leg, adapter: str) -> None:
         if not self.is_ready:
             raise Unavailable("the engine is not ready", reason="loading", retry_after_s=1.0)
         if self.is_draining:
             raise Unavailable("the worker is draining", reason="draining")
         if model and model != self._model:
             raise FailedPrecondition(f"this worker serves {self._model!r}, not {model!r}", reason="wrong_model")
+        if adapter and adapter not in self._adapters:
+            raise FailedPrecondition(
+                f"this worker does not serve the adapter {adapter!r}", reason="no_adapter", field="adapter"
+            )
         if self.role not in (leg, "both"):
             raise FailedPrecondition(f"this worker's role is {self.role}, not {leg}", reason="wrong_role")
         if self.active >= self._limit:

@@ -15,13 +15,13 @@ def _vllm(settings: WorkerSettings) -> Engine:
 
     # Events that nobody reads would gather in memory.
     vllm = settings.vllm if settings.kvstore else settings.vllm.model_copy(update={"kv_events": False})
-    return VllmEngine(vllm, settings.model_dir, settings.model_name, settings.role)
+    return VllmEngine(vllm, settings.model_dir, settings.model_name, settings.role, settings.adapters)
 
 
 def _sim(settings: WorkerSettings) -> Engine:
     from omni_engine.sim import SimEngine
 
-    return SimEngine(settings.sim.for_model(settings.model_dir), settings.model_name)
+    return SimEngine(settings.sim.for_model(settings.model_dir), settings.model_name, adapters=settings.adapters)
 
 
 ENGINES: Mapping[str, Callable[[WorkerSettings], Engine]] = {"vllm": _vllm, "sim": _sim}

@@ -77,7 +77,7 @@ class WorkerHost:
         started_s = time.monotonic()
         await self._engine.start()
         info = self._engine.info
-        self.admission.open(info.max_num_seqs + self._settings.max_queued)
+        self.admission.open(info.max_num_seqs + self._settings.max_queued, info.adapters)
         await self.server.set_serving(True)
         log.info(
             "serving",
@@ -90,6 +90,8 @@ class WorkerHost:
                 "load_s": round(time.monotonic() - started_s, 2),
             },
         )
+        if info.adapters:
+            log.info("adapters", extra={"names": list(info.adapters), "load_ms": round(info.adapter_load_ms, 2)})
         try:
             return await self._live()
         finally:

@@ -50,7 +50,7 @@ class PrefillServicer(PrefillServiceServicer):
         self._identity = identity
 
     async def Prefill(self, request: PrefillRequest, context: Any) -> PrefillResponse:
-        self._admission.check(request.model, "prefill")
+        self._admission.check(request.model, "prefill", request.adapter)
         job = _job(request)
         started_s = time.monotonic()
         with self._admission.slot(), self._accounts.prefill(request.proxy_id, job.believed_tokens) as share:
@@ -103,6 +103,8 @@ class PrefillServicer(PrefillServiceServicer):
                 "omni.compute_ms": result.timings.compute_ms,
             }
         )
+        if job.adapter:
+            span.set_attribute("omni.adapter", job.adapter)
 
     def _response(self, result: PrefillResult) -> PrefillResponse:
         response = PrefillResponse(
@@ -126,4 +128,11 @@ def _job(request: PrefillRequest) -> PrefillJob:
         raise InvalidRequest("request_id must not be empty", field="request_id")
     tokens = require_tokens(request.token_ids)
     uncached = request.uncached_tokens if request.HasField("uncached_tokens") else None
-    return PrefillJob(request.request_id, tokens, sampling_from_wire(request.sampling), request.cache_salt, uncached)
+    return PrefillJob(
+        request.request_id,
+        tokens,
+        sampling_from_wire(request.sampling),
+        request.cache_salt,
+        uncached,
+        adapter=request.adapter,
+    )

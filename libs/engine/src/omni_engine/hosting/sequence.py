@@ -45,6 +45,8 @@ class SessionSequence:
             context=parent,
             attributes={"omni.worker_id": worker_id, "omni.request_id": submit.request_id},
         )
+        if submit.adapter:
+            self._span.set_attribute("omni.adapter", submit.adapter)
 
     def started(self, start: SequenceStart) -> None:
         """With its first token."""

@@ -155,7 +155,7 @@ class Session:
     def _accept(self, submit: Submit) -> DecodeJob:
         if submit.stream_id in self._by_stream:
             raise InvalidRequest(f"stream_id {submit.stream_id} is in use", field="stream_id")
-        self._host.admission.check(submit.model, "decode")
+        self._host.admission.check(submit.model, "decode", submit.adapter)
         tokens = require_tokens(submit.token_ids)
         if submit.num_output_tokens >= len(tokens):
             raise InvalidRequest("num_output_tokens leaves no prompt", field="num_output_tokens")
@@ -167,6 +167,7 @@ class Session:
             kv_handle=handle_from_wire(submit.kv_handle) if submit.HasField("kv_handle") else None,
             cache_salt=submit.cache_salt,
             uncached_tokens=submit.uncached_tokens if submit.HasField("uncached_tokens") else None,
+            adapter=submit.adapter,
         )
 
     def _register(self, submit: Submit, job: DecodeJob) -> SessionSequence:

@@ -2,12 +2,13 @@
 
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from omni_common.addresses import checked_address
 from omni_common.settings import ServiceSettings
+from omni_engine.adapters import checked_name
 from omni_engine.sim.settings import SimSettings
 from omni_engine.vllm_settings import VllmSettings
 
@@ -30,6 +31,9 @@ class WorkerSettings(ServiceSettings):
     kvstore: str = Field("", description="host:port of the kvstore; empty: no membership and no block events")
     model_dir: Path | None = Field(None, description="Directory of the model; the simulated engine can do without")
     served_model_name: str = Field("", description="Default: the name of the model's directory")
+    adapters: dict[str, Path] = Field(
+        default_factory=dict, description="LoRA adapters served besides the model: name -> directory in PEFT's format"
+    )
     engine: Literal["vllm", "sim"] = "vllm"
     vllm: VllmSettings = VllmSettings.model_validate({})
     sim: SimSettings = SimSettings.model_validate({})
@@ -54,6 +58,22 @@ class WorkerSettings(ServiceSettings):
     @classmethod
     def _is_address(cls, given: str) -> str:
         return given and checked_address(given)
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _none_if_empty(cls, given: object) -> object:
+        return {} if given is None else given  # what an empty variable reads as
+
+    @field_validator("adapters")
+    @classmethod
+    def _have_names(cls, given: dict[str, Path]) -> dict[str, Path]:
+        return {checked_name(name): given[name] for name in sorted(given)}
+
+    @model_validator(mode="after")
+    def _no_adapter_is_named_as_the_model(self) -> Self:
+        if self.model_name in self.adapters:
+            raise ValueError(f"adapters: {self.model_name!r} is the model's own name; give the adapter another")
+        return self
 
     @property
     def published_labels(self) -> dict[str, str]:

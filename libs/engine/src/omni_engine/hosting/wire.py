@@ -134,4 +134,6 @@ def info_to_wire(
         labels=labels,
         num_moe_layers=info.num_moe_layers,
         num_experts=info.num_experts,
+        adapters=info.adapters,
+        adapter_load_ms=info.adapter_load_ms,
     )

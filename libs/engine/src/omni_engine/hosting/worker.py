@@ -133,6 +133,7 @@ class Worker:
             prompts=computed.prompts,
             prompt_tokens=computed.tokens,
             prompt_busy_ms=computed.busy_s * 1e3,
+            adapters=stats.adapters,
         )
 
 

@@ -6,7 +6,8 @@ of `batch` running sequences (over `total_context` tokens together) lasts
     prefill part  a + sum(b * new + c * new * context)     if any prompt token is computed
     decode part   d + e * batch + f * total_context        if any sequence generates
 
-milliseconds, times the slow factor. A pull of `n` bytes lasts latency + n / bandwidth.
+milliseconds, and `adapter_load_ms` for each LoRA adapter brought into a slot; all times the slow factor. A pull of `n`
+bytes lasts latency + n / bandwidth.
 
 With expert-parallel ranks (`SimSettings.experts`) the step lasts 1 - m + m * s times as long: m is the share of the
 expert layers in a step whose ranks have even loads (`moe_share`), s the slowest rank's tokens summed over the layers,

@@ -14,9 +14,11 @@ import xxhash
 from omni_engine.ports import BlockEvent, BlocksRemoved, BlocksStored
 
 
-def chain_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> list[bytes]:
+def chain_hashes(token_ids: Sequence[int], block_size: int, salt: str, adapter: str = "") -> list[bytes]:
     """The engine's own names of the full blocks of `token_ids`."""
     last = xxhash.xxh3_64_digest(b"sim" + salt.encode())
+    if adapter:
+        last = xxhash.xxh3_64_digest(last + adapter.encode())
     data = np.asarray(token_ids, dtype="<u4").tobytes()
     size = 4 * block_size
     hashes = []
@@ -82,7 +84,13 @@ class BlockPool:
         return blocks
 
     def register(
-        self, blocks: Sequence[int], hashes: Sequence[bytes], first: int, token_ids: Sequence[int], salt: str
+        self,
+        blocks: Sequence[int],
+        hashes: Sequence[bytes],
+        first: int,
+        token_ids: Sequence[int],
+        salt: str,
+        adapter: str = "",
     ) -> None:
         """Name the full blocks from index `first` on; a name that another block has stays with that one.
 
@@ -99,7 +107,7 @@ class BlockPool:
             self._name_of[block] = name
             parent = hashes[index - 1] if index else None
             tokens = list(token_ids[index * size : (index + 1) * size])
-            self._events.append(BlocksStored([name], parent, tokens, size, cache_salt=salt))
+            self._events.append(BlocksStored([name], parent, tokens, size, cache_salt=salt, adapter=adapter))
 
     def release(self, blocks: Sequence[int]) -> None:
         """Let go of blocks; the tail of a prefix is evicted before its head."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any
 
 import xxhash
@@ -33,10 +33,13 @@ _SMOOTHING = 0.1
 class SimEngine:
     """A model that needs no hardware. `faults` may be changed while it runs."""
 
-    def __init__(self, settings: SimSettings, model: str = "sim", clock: Clock | None = None) -> None:
+    def __init__(
+        self, settings: SimSettings, model: str = "sim", clock: Clock | None = None, adapters: Iterable[str] = ()
+    ) -> None:
         self._settings = settings
         self._clock = clock or WallClock()
-        self._scheduler = Scheduler(settings)
+        served = tuple(sorted(adapters))
+        self._scheduler = Scheduler(settings, settings.adapter_slots or len(served))
         self._work = asyncio.Event()
         self._leases = LeaseTable(self._scheduler.pool, self._clock, settings.lease_s, self._work)
         self._server = LeaseServer(self._leases.pin, self._free_lease, settings.lease_s)
@@ -73,6 +76,8 @@ class SimEngine:
             expert_slots_per_rank=settings.expert_slots_per_rank,
             ranks_per_host=settings.experts.ranks_per_host,
             expert_bytes=settings.experts.expert_bytes,
+            adapters=served,
+            adapter_load_ms=settings.timing.adapter_load_ms if served else 0.0,
         )
 
     async def start(self) -> None:
@@ -139,6 +144,7 @@ class SimEngine:
             context_tokens=scheduler.context_tokens,
             steps=self._steps,
             busy_ms=self._busy_s * 1e3,
+            adapters=scheduler.adapters,
         )
 
     async def events(self) -> AsyncIterator[EventBatch]:
@@ -205,6 +211,8 @@ class SimEngine:
 
     def _check(self, job: PrefillJob | DecodeJob) -> None:
         self._require_alive()
+        if job.adapter and job.adapter not in self.info.adapters:
+            raise FailedPrecondition(f"no adapter {job.adapter!r} is served", reason="no_adapter", field="adapter")
         if job.request_id in self._by_id:
             raise InvalidRequest(f"request {job.request_id!r} is running", field="request_id")
         if not 0 < len(job.token_ids) < self._settings.max_model_len:
@@ -216,7 +224,7 @@ class SimEngine:
 
     def _sequence(self, job: PrefillJob | DecodeJob, num_prompt: int) -> SimSequence:
         tokens, sampling = list(job.token_ids), job.sampling
-        stream = TokenStream(self._settings, tokens[:num_prompt], sampling, len(tokens) - num_prompt)
+        stream = TokenStream(self._settings, tokens[:num_prompt], sampling, len(tokens) - num_prompt, job.adapter)
         now_s = self._clock.now_s()
         traffic_class = self._experts.class_of(tokens[:num_prompt]) if self._experts else 0
         return SimSequence(
@@ -229,6 +237,7 @@ class SimEngine:
             now_s,
             job.believed_tokens,
             traffic_class,
+            job.adapter,
         )
 
     def _enqueue(self, sequence: SimSequence) -> None:

@@ -7,18 +7,23 @@ from omni_engine.ports import KvHandle
 from omni_engine.sim.blocks import BlockPool, chain_hashes
 from omni_engine.sim.sequence import SimSequence
 from omni_engine.sim.settings import SimSettings, Timing
+from omni_engine.sim.slots import Slots
 
 
 @dataclass(slots=True)
 class Step:
-    """Tokens to compute per sequence, and sequences whose blocks are to be pulled first."""
+    """Tokens to compute per sequence, and sequences whose blocks are to be pulled first.
+
+    `adapters_loaded` lay in no slot before.
+    """
 
     chunks: list[tuple[SimSequence, int]] = field(default_factory=list)
     pulls: list[tuple[SimSequence, KvHandle]] = field(default_factory=list)
+    adapters_loaded: int = 0
 
     def duration_ms(self, timing: Timing) -> float:
         """How long the step lasts; see the package's docstring."""
-        total_ms = 0.0
+        total_ms = self.adapters_loaded * timing.adapter_load_ms
         prompts = [(s, n) for s, n in self.chunks if n > 1]
         decodes = [s for s, n in self.chunks if n == 1]
         if prompts:
@@ -29,10 +34,14 @@ class Step:
 
 
 class Scheduler:
-    """Owns the queue and the batch. A sequence is in exactly one of waiting, pulling, running, or in none."""
+    """Owns the queue and the batch. A sequence is in exactly one of waiting, pulling, running, or in none.
 
-    def __init__(self, settings: SimSettings) -> None:
+    Those pulling and running have at most `adapter_slots` different adapters.
+    """
+
+    def __init__(self, settings: SimSettings, adapter_slots: int = 0) -> None:
         self._settings = settings
+        self._slots = Slots(adapter_slots)
         self.pool = BlockPool(settings.num_blocks, settings.block_size)
         self.waiting: deque[SimSequence] = deque()
         self.running: list[SimSequence] = []
@@ -70,6 +79,8 @@ class Scheduler:
                 budget -= count
         step.chunks = [(s, n) for s, n in step.chunks if s in self.running]
         self._admit(step, budget, now_s)
+        if adapters := dict.fromkeys(s.adapter for s, _ in step.chunks if s.adapter):
+            step.adapters_loaded = self._slots.bring_in(adapters, self._adapters_in_use)
         return step
 
     def commit(self, sequence: SimSequence, count: int) -> bool:
@@ -90,12 +101,23 @@ class Scheduler:
         """Tokens of the sequences that generate."""
         return sum(len(s.tokens) for s in self.running if s.has_started)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Those in slots: of the batch, then the last used."""
+        return self._slots.names(self._adapters_in_use)
+
     def _admit(self, step: Step, budget: int, now_s: float) -> None:
+        in_use, passed_over = self._adapters_in_use, list[SimSequence]()
         while self.waiting and budget > 0 and self._in_batch < self._settings.max_num_seqs:
             sequence = self.waiting[0]
+            if not self._slots.has_room(sequence.adapter, in_use):
+                passed_over.append(self.waiting.popleft())
+                continue
             if not self._place(sequence):
-                return
+                break
             self.waiting.popleft()
+            if sequence.adapter:
+                in_use.add(sequence.adapter)
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = now_s
             if sequence.handle is not None:
@@ -106,15 +128,20 @@ class Scheduler:
             count = min(sequence.uncomputed, budget)
             step.chunks.append((sequence, count))
             budget -= count
+        self.waiting.extendleft(reversed(passed_over))
 
     @property
     def _in_batch(self) -> int:
         return len(self.running) + len(self.pulling)
 
+    @property
+    def _adapters_in_use(self) -> set[str]:
+        return {s.adapter for place in (self.running, self.pulling) for s in place if s.adapter}
+
     def _place(self, sequence: SimSequence) -> bool:
         """Hold blocks for all of its tokens, cached ones first; at least the last token is computed."""
         size = self._settings.block_size
-        hashes = chain_hashes(sequence.tokens[:-1], size, sequence.salt)
+        hashes = chain_hashes(sequence.tokens[:-1], size, sequence.salt, sequence.adapter)
         blocks = self.pool.match(hashes)
         fresh = self.pool.allocate(-(-len(sequence.tokens) // size) - len(blocks))
         if fresh is None:
@@ -145,5 +172,6 @@ class Scheduler:
         size, known = self._settings.block_size, len(sequence.hashes)
         full = sequence.computed // size
         if full > known:
-            sequence.hashes = chain_hashes(sequence.tokens[: full * size], size, sequence.salt)
-            self.pool.register(sequence.blocks, sequence.hashes, known, sequence.tokens, sequence.salt)
+            salt, adapter = sequence.salt, sequence.adapter
+            sequence.hashes = chain_hashes(sequence.tokens[: full * size], size, salt, adapter)
+            self.pool.register(sequence.blocks, sequence.hashes, known, sequence.tokens, salt, adapter)

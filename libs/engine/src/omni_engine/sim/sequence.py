@@ -11,8 +11,8 @@ from omni_engine.sim.tokens import TokenStream
 class SimSequence:
     """`computed` of `tokens` have their keys and values in `blocks`; times are on the engine's clock.
 
-    `believed_tokens` of the prompt count as queued until it runs. `traffic_class` decides which experts it prefers.
-    `handle` is of blocks that were not pulled yet.
+    `believed_tokens` of the prompt count as queued until it runs. `traffic_class` decides which experts it prefers,
+    `adapter` must lie in a slot while it runs. `handle` is of blocks that were not pulled yet.
     """
 
     request_id: str
@@ -24,6 +24,7 @@ class SimSequence:
     arrived_s: float
     believed_tokens: int
     traffic_class: int = 0
+    adapter: str = ""
     sink: StepSink | None = None
     result: "asyncio.Future[PrefillResult] | None" = None
     handle: KvHandle | None = None

@@ -25,6 +25,7 @@ class Timing(BaseModel):
     transfer_latency_ms: float = Field(2.0, ge=0)
     transfer_gib_per_s: float = Field(1.0, gt=0)
     kv_bytes_per_token: int = Field(2048, ge=0)
+    adapter_load_ms: float = Field(0.0, ge=0, description="A step lasts so much longer for each adapter brought in")
 
     def prefill_ms(self, new_tokens: int, context: int) -> float:
         """Without the base, which is paid once per step."""
@@ -88,6 +89,7 @@ class SimSettings(BaseModel):
     lease_s: float = Field(30.0, gt=0, description="How long a finished prefill's blocks wait to be pulled")
     pull_timeout_s: float = Field(5.0, gt=0, description="How long the holder of blocks may take to answer")
     kv_host: str = Field("127.0.0.1", description="Address other engines reach this one's leases by")
+    adapter_slots: int = Field(0, ge=0, description="Different adapters in one batch; 0: all that are served")
     fixed_role: str = Field("", description="Why the worker's role may not change; empty: it may")
     num_moe_layers: int = Field(4, ge=0)
     num_experts: int = Field(16, ge=0)

@@ -1,4 +1,4 @@
-"""Which tokens a simulated model generates: a hash of prompt, seed and position, and nothing else.
+"""Which tokens a simulated model generates: a hash of prompt, seed, adapter and position, and nothing else.
 
 So the same request gives the same tokens on every engine, whole or split between prefill and decode.
 """
@@ -24,11 +24,17 @@ class TokenStream:
     __slots__ = ("_end", "_first", "_least", "_root", "_sampling", "_span", "eos_token_id")
 
     def __init__(
-        self, settings: SimSettings, prompt: Sequence[int], sampling: SamplingParams, num_output_tokens: int = 0
+        self,
+        settings: SimSettings,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        num_output_tokens: int = 0,
+        adapter: str = "",
     ) -> None:
         seed = settings.seed if sampling.seed is None else sampling.seed
         digest = xxhash.xxh3_64(np.asarray(prompt, dtype="<u4").tobytes())
         digest.update(seed.to_bytes(16, "little", signed=True))
+        digest.update(adapter.encode())
         self._root = digest.digest()
         self._sampling = sampling
         self._first, self._span = settings.first_token_id, settings.num_token_ids

@@ -1,0 +1,218 @@
+"""Adapters on two real engines. The reference: transformers in float32, an adapter's weights added to the model's."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_process import EngineProcess, started
+
+from omni_common.blocks import KEY_BYTES, block_keys, root_key
+from omni_common.errors import Internal
+from omni_engine.hosting.mirror import BlockMirror
+from omni_engine.ports import DecodeJob, PrefillJob, SamplingParams, SequenceOutput
+from omni_engine.vllm_settings import VllmSettings
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+MODELS = Path(__file__).resolve().parents[3] / "models"
+MODEL_DIR = MODELS / "tiny-moe"
+BLOCK = 128
+ADAPTERS = ("cook", "poet", "sql")
+NAMES = ("", *ADAPTERS)
+SLOTS = 2
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+LENGTHS = (5, 127, 129, 300)
+CLEAR = 0.02
+"""Between the two likeliest tokens' logits: less may fall out the other way."""
+COMMON: dict[str, Any] = {"kv_cache_gib": 0.25, "max_model_len": 2048, "dtype": "float32", "enforce_eager": True}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    home, recipe = tmp_path_factory.mktemp("adapters"), MODELS / "recipe" / "adapter_tiny.py"
+    for seed, name in enumerate(ADAPTERS):
+        ranks = ["--rank", str(4 * (seed + 1))]
+        command = [sys.executable, recipe, "--model", MODEL_DIR, "--out", home / name, "--seed", str(seed), *ranks]
+        subprocess.run(command, check=True, timeout=60)
+    return {name: home / name for name in ADAPTERS}
+
+
+@pytest.fixture(scope="module")
+def engines(folders: Mapping[str, Path]) -> Iterator[tuple[EngineProcess, EngineProcess]]:
+    """Decode has fewer slots than there are adapters."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    prefill = EngineProcess(VllmSettings(cores=str(first), **COMMON), MODEL_DIR, "prefill", folders)
+    settings = VllmSettings(cores=str(second), adapter_slots=SLOTS, **COMMON)
+    decode = EngineProcess(settings, MODEL_DIR, "decode", folders)
+    with started(prefill, decode):
+        yield prefill, decode
+
+
+@pytest.fixture(scope="module")
+def references(folders: Mapping[str, Path]) -> Mapping[tuple[str, int], tuple[list[int], float]]:
+    """By adapter and length of the prompt: tokens, and the least distance between the two likeliest at any of them."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    found = {}
+    for name in NAMES:
+        model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+        if name:
+            add_to(model, folders[name])
+        for length in LENGTHS:
+            found[name, length] = greedy(model, prompt(length))
+    return found
+
+
+def add_to(model: Any, folder: Path) -> None:
+    """W + alpha / r * B @ A for every layer that the adapter names."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = safetensors.load_file(folder / "adapter_model.safetensors")
+    for name, down in weights.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        up = weights[name.replace("lora_A", "lora_B")]
+        layer.weight.data += config["lora_alpha"] / config["r"] * up @ down
+
+
+def greedy(model: Any, ids: list[int]) -> tuple[list[int], float]:
+    torch = pytest.importorskip("torch")
+    tokens, margin = list(ids), float("inf")
+    with torch.inference_mode():
+        for _ in range(GREEDY.max_tokens):
+            best = model(torch.tensor([tokens])).logits[0, -1].topk(2)
+            margin = min(margin, float(best.values[0] - best.values[1]))
+            tokens.append(int(best.indices[0]))
+    return tokens[len(ids) :], margin
+
+
+def prompt(length: int) -> list[int]:
+    rng = random.Random(length)
+    return [rng.randrange(300, 900) for _ in range(length)]
+
+
+def tokens(outputs: list[SequenceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def cached(outputs: list[SequenceOutput]) -> int:
+    assert outputs[0].start is not None
+    return outputs[0].start.cached_tokens
+
+
+def check(
+    references: Mapping[tuple[str, int], tuple[list[int], float]], answers: Mapping[tuple[str, int], list[int]]
+) -> None:
+    clear = {asked: found for asked, (found, margin) in references.items() if margin > CLEAR}
+    assert len(clear) > len(references) * 2 / 3
+    assert {asked: answers[asked] for asked in clear} == clear
+    for length in LENGTHS:
+        assert len({tuple(found) for (_, asked), (found, _) in references.items() if asked == length}) == len(NAMES)
+
+
+def test_every_adapter_is_known_from_the_start(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    for engine, slots in zip(engines, (len(ADAPTERS), SLOTS), strict=True):
+        info = engine.call("info")
+        assert info.adapters == ADAPTERS
+        assert 0 < info.adapter_load_ms < 5_000
+        assert len(engine.call("stats").adapters) == slots
+
+
+def test_one_batch_of_all_answers_like_the_merged_models(
+    engines: tuple[EngineProcess, EngineProcess], references: Mapping[tuple[str, int], tuple[list[int], float]]
+) -> None:
+    for engine in engines:
+        jobs = [DecodeJob(f"{n}-{length}", prompt(length), GREEDY, adapter=n) for n, length in references]
+        answers = [tokens(outputs) for outputs in engine.generate_all(jobs)]
+        check(references, dict(zip(references, answers, strict=True)))
+
+
+def test_pulled_blocks_of_an_adapter_go_on_like_the_merged_model(
+    engines: tuple[EngineProcess, EngineProcess], references: Mapping[tuple[str, int], tuple[list[int], float]]
+) -> None:
+    prefill, decode = engines
+    jobs, firsts = [], []
+    rest = dataclasses.replace(GREEDY, max_tokens=GREEDY.max_tokens - 1)
+    for name, length in references:
+        ids = prompt(length)
+        # A salt of its own: nothing is found that was computed before.
+        done = prefill.call("prefill", PrefillJob(f"p{name}{length}", ids, GREEDY, "pulled", adapter=name))
+        assert done.kv_handle is not None and done.cached_tokens == 0
+        firsts.append(done.first_token_id)
+        job = DecodeJob(
+            f"d{name}{length}", [*ids, done.first_token_id], rest, 1, done.kv_handle, "pulled", adapter=name
+        )
+        jobs.append(job)
+    outputs = decode.generate_all(jobs)
+    for each in outputs:
+        assert each[0].start is not None and each[0].start.pulled_tokens and not each[0].start.fell_back
+    answers = [[first, *tokens(each)] for first, each in zip(firsts, outputs, strict=True)]
+    check(references, dict(zip(references, answers, strict=True)))
+
+
+def test_cached_blocks_are_an_adapters_own_and_told_by_its_name(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    _, decode = engines
+    ids = [7, *prompt(2 * BLOCK)]
+    told = len(decode.call("events"))
+    for name in NAMES:
+        assert cached(decode.generate(DecodeJob(f"first-{name}", ids, GREEDY, adapter=name))) == 0
+    for name in NAMES:
+        assert cached(decode.generate(DecodeJob(f"again-{name}", ids, GREEDY, adapter=name))) == 2 * BLOCK
+    mirror = BlockMirror(MODEL_DIR.name, BLOCK, 1000, 1)
+    for batch in decode.call("events")[told:]:
+        for event in batch.events:
+            mirror.apply(event)
+    held = {block.key for _, blocks in mirror.pages(1000) for block in blocks}
+    for name in NAMES:
+        keys = block_keys(ids, BLOCK, root_key(MODEL_DIR.name, name))
+        assert {keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)} <= held
+
+
+def test_slots_are_told_as_they_are_used(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    _, decode = engines
+    for name in ("sql", "cook", "", "poet"):
+        decode.generate(DecodeJob(f"used-{name}", prompt(5), GREEDY, adapter=name))
+    assert decode.call("stats").adapters == ("poet", "cook")
+
+
+def test_many_sequences_share_few_slots(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    _, decode = engines
+    rng = random.Random(3)
+    jobs = [
+        DecodeJob(
+            f"many-{number}",
+            prompt(rng.randrange(5, 200)),
+            SamplingParams(max_tokens=rng.randrange(1, 40), temperature=1.0, ignore_eos=True),
+            adapter=rng.choice(NAMES),
+        )
+        for number in range(80)
+    ]
+    for job, outputs in zip(jobs, decode.generate_all(jobs), strict=True):
+        assert len(tokens(outputs)) == job.sampling.max_tokens
+
+
+def test_an_adapter_that_cannot_be_loaded_ends_the_start(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """Only vLLM knows all layers of its model."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    (tmp_path / "adapter_config.json").write_text((folders["sql"] / "adapter_config.json").read_text())
+    weights = safetensors.load_file(folders["sql"] / "adapter_model.safetensors")
+    sides = {side: next(value for name, value in weights.items() if f"lora_{side}" in name) for side in "AB"}
+    weights |= {f"base_model.model.model.second_head.lora_{side}.weight": value for side, value in sides.items()}
+    safetensors.save_file(
+        {name: value.clone() for name, value in weights.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    cores = str(min(os.sched_getaffinity(0)))
+    engine = EngineProcess(VllmSettings(cores=cores, **COMMON), MODEL_DIR, "both", {"broken": tmp_path})
+    with pytest.raises(Internal, match=r"adapters: 'broken' cannot be loaded: .*second_head"), started(engine):
+        pass
