@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from omni.engine.v1 import engine_pb2, worker_service_pb2, worker_service_pb2_gr
 from omni.kv.v1 import kv_pb2
 from omni.prefill.v1 import prefill_service_pb2 as prefill_pb
 from omni.prefill.v1 import prefill_service_pb2_grpc
-from omni_common.errors import OmniError, Unavailable
+from omni_common.errors import FailedPrecondition, OmniError, Unavailable
 from omni_common.rpc import Server, Servicer
 from omni_proxy.app import Proxy, running
 from omni_proxy.settings import Settings
@@ -96,6 +96,11 @@ class FakeWorker:
     """False: refuses handles, as an engine does whose blocks are of another kind."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """By worker id."""
+    adapters: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """Told to be served, by worker id; `lost` ones are refused all the same, `slots` are those it has in one."""
+    lost: Mapping[str, Collection[str]] = field(default_factory=dict)
+    slots: Mapping[str, Collection[str]] = field(default_factory=dict)
+    adapter_load_ms: float = 0.0
     model: str = MODEL
     cached_tokens: int = 3
     prefills: list[prefill_pb.PrefillRequest] = field(default_factory=list)
@@ -124,17 +129,22 @@ class FakeWorker:
     def touched(self) -> bool:
         return bool(self.prefills or self.submits)
 
-    def token(self, prompt: list[int], position: int) -> int:
+    def token(self, prompt: list[int], position: int, adapter: str = "") -> int:
         if self.stops_at is not None and position >= self.stops_at:
             return END_ID
-        start = sum(prompt) if self.offset is None else self.offset
+        start = (sum(prompt) if self.offset is None else self.offset) + len(adapter)
         return self.script[(start + position) % len(self.script)]
+
+    def serves(self, adapter: str) -> bool:
+        told, lost = (by_id.get(self.worker_id, ()) for by_id in (self.adapters, self.lost))
+        return not adapter or (adapter in told and adapter not in lost)
 
     def info(self) -> engine_pb2.WorkerInfo:
         return engine_pb2.WorkerInfo(
             worker_id=self.worker_id, address=self.address, role=self.role, epoch=self.epoch, model=self.model,
             block_size=self.block_size, num_blocks=100, max_model_len=256, max_num_seqs=64, engine="fake",
             kv_connector="fake", engine_id=self.worker_id, labels={GROUP_LABEL: self.groups.get(self.worker_id, "")},
+            adapters=sorted(self.adapters.get(self.worker_id, ())), adapter_load_ms=self.adapter_load_ms,
         )  # fmt: skip
 
     async def Describe(self, request: Any, context: Any) -> worker_service_pb2.DescribeResponse:
@@ -145,7 +155,11 @@ class FakeWorker:
 
     async def WatchStats(self, request: Any, context: Any) -> AsyncIterator[worker_service_pb2.WatchStatsResponse]:
         yield worker_service_pb2.WatchStatsResponse(
-            worker_id=self.worker_id, epoch=self.epoch, running=len(self.live), **self.life
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            running=len(self.live),
+            adapters=self.slots.get(self.worker_id, ()),
+            **self.life,
         )
         while self.report_s is not None:
             await asyncio.sleep(self.report_s)
@@ -168,6 +182,8 @@ class FakeWorker:
         self.prefill_started.set()
         if self.prefill_error is not None:
             raise self.prefill_error
+        if not self.serves(request.adapter):
+            raise FailedPrecondition("no such adapter", reason="no_adapter", field="adapter")
         try:
             if self.prefill_gate is not None:
                 await self.prefill_gate.wait()
@@ -177,7 +193,7 @@ class FakeWorker:
             self.aborted.put_nowait(request.request_id)
             raise
         prompt = list(request.token_ids)
-        first = self.token(prompt, 0)
+        first = self.token(prompt, 0, request.adapter)
         answer = prefill_pb.PrefillResponse(
             first_token_id=first, worker_id=self.worker_id, cached_tokens=self.cached_tokens
         )
@@ -256,6 +272,8 @@ class FakeWorker:
         reject = self.reject
         if not self.pulls and submit.HasField("kv_handle"):
             reject = ("FAILED_PRECONDITION", "such blocks cannot be pulled here", "")
+        if not self.serves(submit.adapter):
+            reject = ("FAILED_PRECONDITION", "no such adapter", "adapter")
         if reject is not None:
             code, detail, field = reject
             refused.append(decode_pb.Rejected(stream_id=submit.stream_id, code=code, detail=detail, field=field))
@@ -280,7 +298,7 @@ class FakeWorker:
                 count = min(count, self.hold_after - sequence.produced)
             tokens: list[int] = []
             for _ in range(count):
-                tokens.append(self.token(sequence.prompt, sequence.produced))
+                tokens.append(self.token(sequence.prompt, sequence.produced, sequence.submit.adapter))
                 sequence.produced += 1
                 sequence.left -= 1
                 if tokens[-1] == END_ID:

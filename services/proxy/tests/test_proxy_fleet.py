@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from omni_common.errors import Unavailable
 from omni_common.prefix_index import PrefixIndex
 from omni_proxy.fleet import Fleet
 from omni_proxy.flow.ticket import Ticket
 from omni_proxy.metrics import PrefixMetrics
 from omni_proxy.replica import Replica
 from omni_proxy.room import FleetRoom, least_work
+from omni_proxy.scheduling.decision import eligible
 from omni_proxy.scheduling.forecast import LoadCost
+from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.times import Priors, Seen, prompt_features
 from omni_proxy.scheduling.view import FleetView
 from omni_proxy.worker import GROUP_LABEL, Load, Member, Role, Worker
@@ -294,3 +297,39 @@ async def test_the_least_work_is_where_most_is_cached(made: Fixture) -> None:
     made.put("p", Role.PREFILL)
     uncached, ms = least_work(made.view(500), 500)
     assert (uncached, ms) == (500, pytest.approx(float(np.dot(Priors().prompt, (1.0, 500.0, 125.0)))))
+
+
+async def test_views_are_of_those_that_serve_it(made: Fixture) -> None:
+    made.put("p", Role.PREFILL, adapters=frozenset("x"), adapter_load_ms=7.0)
+    made.put("d", Role.DECODE, adapters=frozenset("xy"), adapter_load_ms=9.0).load = Load(adapters=frozenset("x"))
+    made.put("e", Role.DECODE)
+    fleet, found = made.fleet, made.fleet.forecast(lambda size: b"")
+
+    def columns(adapter: str) -> dict[str, tuple[bool, bool, bool, float]]:
+        view = fleet.view(found, 100, 10, adapter)
+        told = zip(view.prefills, view.decodes, view.has_adapter, view.adapter_ms, strict=True)
+        return dict(zip(view.ids, told, strict=True))
+
+    assert columns("x") == {"p": (True, False, False, 7), "d": (False, True, True, 0), "e": (False, False, False, 0)}
+    assert columns("y") == {"p": (False, False, False, 7), "d": (False, True, False, 9), "e": (False, False, False, 0)}
+    assert columns("") == {"p": (True, False, True, 0), "d": (False, True, True, 0), "e": (False, True, True, 0)}
+    made.put("e", Role.DECODE, epoch=2, adapters=frozenset("y"))
+    assert made.fleet.view(fleet.forecast(lambda size: b""), 100, 10, "y").decodes.sum() == 2
+    assert least_work(fleet.view(fleet.forecast(lambda size: b""), 100, 10, "z"), 100) == (100, 0.0)
+    with pytest.raises(Unavailable, match="serves the adapter 'z'") as refused:
+        eligible(SchedulingRequest(100, adapter="z"), fleet.view(fleet.forecast(lambda size: b""), 100, 10, "z"))
+    assert refused.value.reason == "no_adapter"
+
+
+async def test_room_is_that_of_those_that_serve_it(made: Fixture) -> None:
+    room = FleetRoom(made.fleet, lookahead_ms=20.0)
+    made.put("d", adapters=frozenset("x"))
+    made.put("e")
+    of = {name: Ticket("r", 0.0, 100.0, prompt_tokens=1000, output_tokens=10, adapter=name) for name in ("x", "")}
+    assert [room.room_in_ms(ticket) for ticket in of.values()] == [0, 0]
+    assert room.room_in_ms(Ticket("r", 0.0, 100.0, adapter="y")) == room.drain_ms("y") == np.inf
+    with made.fleet.ledger.charge("d", (900_000, 0)):
+        assert room.room_in_ms(of["x"]) > 0 < room.drain_ms("x")
+        assert room.room_in_ms(of[""]) == room.drain_ms() == 0
+    made.fleet.get("d").load = Load(running=2, waiting=5)  # type: ignore[union-attr]
+    assert room.is_short_of_decode(of["x"]) and not room.is_short_of_decode(of[""])

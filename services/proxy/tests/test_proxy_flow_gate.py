@@ -68,15 +68,21 @@ class ScriptedRoom:
     free: int = 0
     busy_until_s: float = 100.0
     fixed_ms: float | None = None
+    apart: dict[str, float] = field(default_factory=dict)
+    """Milliseconds until there is room for an adapter."""
     asked: int = 0
 
     def room_in_ms(self, ticket: Ticket) -> float:
         self.asked += 1
+        if ticket.adapter in self.apart:
+            return self.apart[ticket.adapter]
         if self.fixed_ms is not None:
             return self.fixed_ms
         return 0.0 if self.free > 0 else max(1.0, (self.busy_until_s - self.timers.now) * 1e3)
 
-    def drain_ms(self) -> float:
+    def drain_ms(self, adapter: str = "") -> float:
+        if adapter in self.apart:
+            return self.apart[adapter]
         if self.fixed_ms is not None:
             return self.fixed_ms
         return 0.0 if self.free > 0 else max(0.0, (self.busy_until_s - self.timers.now) * 1e3)
@@ -261,12 +267,12 @@ async def test_a_band_that_holds_back_waits_for_a_worker_with_less_work():
         await b.timers.advance(59)
         assert not spare.done()
         b.room.free = 1
-        b.room.drain_ms = lambda: 41.0  # type: ignore[method-assign]
+        b.room.drain_ms = lambda adapter="": 41.0  # type: ignore[method-assign]
         b.gate.poke()
         await settle()
         assert not spare.done() and b.metric("omni_proxy_flow_saturation") == pytest.approx(41 / 80)
         assert (await b.ask("normal")).done() is True
-        b.room.free, b.room.drain_ms = 1, lambda: 40.0  # type: ignore[method-assign]
+        b.room.free, b.room.drain_ms = 1, lambda adapter="": 40.0  # type: ignore[method-assign]
         b.gate.poke()
         await settle()
         assert spare.done()
@@ -415,7 +421,7 @@ async def test_who_asks_long_after_the_last_worker_went_is_refused_at_once():
 async def test_a_prediction_that_fails_as_workers_come_and_go_reaches_nobody():
     """Who tells the gate is a membership, which would end by it."""
     async with bench({"fixed_ms": 0}) as b:
-        b.room.drain_ms = lambda: [].pop()  # type: ignore[method-assign]
+        b.room.drain_ms = lambda adapter="": [].pop()  # type: ignore[method-assign]
         b.gate.workers_changed()
         await settle()
         assert (await b.ask("served")).done()
@@ -431,6 +437,127 @@ async def test_who_waits_outlasts_a_short_absence_of_workers():
         b.gate.poke()
         await settle()
         assert waiting.done() and waiting.exception() is None
+
+
+# Adapters
+
+
+async def test_who_waits_for_an_adapter_is_passed_over_while_others_have_room():
+    async with bench({"free": 4}, order="fcfs") as b:
+        b.room.apart = {"x": 500.0}
+        for name in "abcd":
+            await b.ask(name, adapter="x" if name in "ac" else "")
+        assert b.order == ["b", "d"]
+        b.room.apart.clear()
+        b.gate.poke()
+        await settle()
+        assert b.order == ["b", "d", "a", "c"]
+
+
+async def test_where_nobody_has_room_an_adapter_keeps_its_turn():
+    """So do those of other adapters behind it."""
+    async with bench(order="fcfs") as b:
+        b.room.apart = {"x": 500.0}
+        for name, adapter in zip("abcd", ["x", "", "y", "x"], strict=True):
+            await b.ask(name, adapter=adapter)
+        b.room.apart["y"] = 0.0
+        b.gate.poke()
+        await settle()
+        assert b.order == []
+        b.room.apart["x"] = 0.0
+        await b.free(1)
+        assert b.order[0] == "a"
+
+
+async def test_a_higher_band_that_waits_for_its_adapter_lets_lower_ones_go():
+    async with bench({"free": 1}) as b:
+        b.room.apart = {"x": 500.0}
+        await b.ask("vip", priority=10, adapter="x")
+        await b.ask("one")
+        assert b.order == ["one"]
+
+
+async def test_an_adapter_is_held_no_longer_than_max_hold_while_others_go():
+    async with bench({"free": 100}, max_hold_ms=200, order="fcfs") as b:
+        b.room.apart = {"x": 1e6}
+        for name in ("x1", "x2"):
+            await b.ask(name, adapter="x")
+        for number in range(7):
+            await b.timers.advance(30)
+            await b.ask(f"{number}")
+        assert b.turns["x1"].reason is Release.MAX_HOLD and b.turns["x1"].waited_ms == pytest.approx(200)
+        assert b.order == [*"012345", "x1", "6"]
+        await b.timers.advance(200)
+        assert b.turns["x2"].reason is Release.MAX_HOLD
+
+
+@pytest.mark.parametrize(("room_ms", "order"), [(500.0, []), (math.inf, ["base"])])
+async def test_a_look_asks_of_a_bounded_number_of_adapters(room_ms, order):
+    async with bench({"free": 1}) as b:
+        b.room.apart = {f"x{number}": room_ms for number in range(40)}
+        for name in b.room.apart:
+            await b.ask(name, name, priority=10, adapter=name)
+        before = b.room.asked
+        await b.ask("base")
+        assert b.order == order and b.room.asked - before <= (2 * 42 if order else 20)
+
+
+async def test_who_comes_after_an_adapter_that_waits_long_is_held_as_long_as_anybody():
+    async with bench({"free": 1}, max_hold_ms=200) as b:
+        b.room.apart = {"x": 1e6}
+        await b.ask("x", adapter="x")
+        await b.timers.advance(190)
+        b.room.free = 0
+        b.room.busy_until_s = 1e6
+        await b.ask("late")
+        await b.timers.advance(180)
+        assert b.order == ["x"]
+
+
+async def test_an_adapter_that_nobody_serves_is_refused_and_holds_up_nobody():
+    async with bench({"free": 100}, max_hold_ms=300, worker_wait_ms=500) as b:
+        b.room.apart = {"x": math.inf, "y": 0.0}
+        lost = [await b.ask("x1", adapter="x")]
+        await b.timers.advance(400)
+        lost.append(await b.ask("x2", adapter="x"))
+        await b.ask("base")
+        await b.ask("other", adapter="y")
+        assert b.order == ["base", "other"] and not any(task.done() for task in lost)
+        await b.timers.advance(100)
+        for task in lost:
+            error = error_of(task)
+            assert isinstance(error, Unavailable) and error.reason == "no_adapter" and error.retry_after_s == 1
+            assert error.message == "no worker serves the adapter 'x' now"
+        assert (await b.ask("x3", adapter="x")).done(), "refused at once from then on"
+        assert b.metric("omni_proxy_dropped_total", reason="no_adapter") == 3
+        b.room.apart["x"] = 0.0
+        assert (await b.ask("x4", adapter="x")).result().reason is Release.ROOM
+        b.room.apart["x"] = math.inf
+        again = await b.ask("x5", adapter="x")
+        await b.timers.advance(400)
+        assert not again.done(), "its time counts anew"
+        b.room.apart["x"] = 0.0
+        b.gate.workers_changed()
+        await settle()
+        assert again.result().reason in (Release.ROOM, Release.BOUNDARY)
+
+
+async def test_without_any_worker_an_adapter_is_not_the_reason():
+    async with bench({"fixed_ms": math.inf}, max_hold_ms=100, worker_wait_ms=100) as b:
+        b.room.apart = {"x": math.inf}
+        tasks = [await b.ask(name, adapter=name) for name in ("x", "")]
+        await b.timers.advance(100)
+        assert {error_of(task).reason for task in tasks} == {"no_decode_worker"}
+
+
+async def test_a_prediction_that_raises_for_an_adapter_ends_nobody_else():
+    async with bench({"free": 1}) as b:
+        b.room.apart = {"x": 500.0, "y": 500.0}
+        waiting, broken = [await b.ask(name, adapter=name) for name in "xy"]
+        b.room.apart["y"] = "unpredictable"  # type: ignore[assignment]
+        b.gate.poke()
+        await settle()
+        assert isinstance(error_of(broken), Internal) and not waiting.done()
 
 
 async def test_reconfiguring_loses_nobody():
@@ -525,7 +652,11 @@ async def test_a_storm_of_aborts_leaks_nothing(seed):
             match rng.randrange(6):
                 case 0 | 1 | 2:
                     tenant, priority = f"t{rng.randrange(4)}", rng.choice([0, 0, 10, -10])
-                    await b.ask(f"{number}", tenant, priority=priority, ttft_slo_ms=rng.choice([None, 50.0]))
+                    adapter, slo_ms = rng.choice(["", "", "x", "y"]), rng.choice([None, 50.0])
+                    await b.ask(f"{number}", tenant, priority=priority, adapter=adapter, ttft_slo_ms=slo_ms)
+                case 3 if rng.random() < 0.3:
+                    b.room.apart = {"x": rng.choice([0.0, 30.0, math.inf])}
+                    b.gate.workers_changed()
                 case 3 if b.tasks:
                     b.tasks[rng.choice(list(b.tasks))].cancel()
                 case 4:

@@ -44,7 +44,7 @@ class SimFleet:
     lookahead_ms: float
     ends_s: list[float] = field(default_factory=lambda: [0.0] * WORKERS)
 
-    def drain_ms(self) -> float:
+    def drain_ms(self, adapter: str = "") -> float:
         return max(0.0, min(self.ends_s) - self.loop.time()) * 1e3
 
     def room_in_ms(self, ticket: Ticket) -> float:

@@ -290,7 +290,7 @@ def test_who_comes_after_a_reconfiguration_joins_the_others_where_they_are():
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["offer", "offer", "offer", "pop", "remove", "expire", "reconfigure"]),
+        st.sampled_from(["offer", "offer", "offer", "pop", "pass", "remove", "expire", "reconfigure"]),
         st.integers(0, 5),
         st.integers(-12, 12),
         st.sampled_from(sorted(ORDERS)),
@@ -317,6 +317,7 @@ def run(script: list[tuple[str, int, int, str]]) -> list[tuple[str, str]]:
             offered = ticket(
                 f"{step}", f"t{small}", arrived=now, priority=priority, size_bytes=40 * small, ttft_slo_ms=slo,
                 uncached_tokens=100 * small, prefill_ms=1000.0 * small, deadline=now + 50,
+                adapter="xyz"[priority % 3],
             )  # fmt: skip
             try:
                 displaced = queue.offer(offered, now)
@@ -333,6 +334,16 @@ def run(script: list[tuple[str, int, int, str]]) -> list[tuple[str, str]]:
                 top = max(queue.band_of(t).settings.priority for t in alive.values())
                 assert queue.band_of(taken).settings.priority == top
                 end("popped", taken)
+        elif action == "pass":
+            passed = frozenset("xyz"[: small % 4])
+            beside = [t for t in alive.values() if t.adapter not in passed]
+            head, next_one = queue.head(now), queue.head(now, passed)
+            assert next_one is queue.head(now, passed) and (next_one is None) is (not beside)
+            if next_one is not None:
+                assert next_one in beside and (next_one is head or head.adapter in passed)
+                assert queue.band_of(next_one) is queue.band_of(max(beside, key=lambda t: t.priority))
+                queue.take(next_one, now)
+                end("popped", next_one)
         elif action == "remove" and alive:
             victim = alive[sorted(alive)[small % len(alive)]]
             assert queue.remove(victim) and not queue.remove(victim)

@@ -44,7 +44,7 @@ def rows() -> st.SearchStrategy[WorkerRow]:
     few, many = st.integers(0, 5), st.integers(0, 200_000)
     ms = st.floats(0, 60_000)
     labels = st.dictionaries(
-        st.sampled_from(["omni.host", "omni.rack", "omni.zone", "omni.adapters", "omni.prompt_tokens"]),
+        st.sampled_from(["omni.host", "omni.rack", "omni.zone", "omni.prompt_tokens"]),
         st.sampled_from(["", "a", "b", "a,b", "0-500", "500-", "7"]),
     )
     return st.builds(
@@ -59,6 +59,8 @@ def rows() -> st.SearchStrategy[WorkerRow]:
         expected_tokens=many,
         loadable_tokens=many,
         load_ms=ms,
+        has_adapter=st.booleans(),
+        adapter_ms=ms,
         own_requests=few,
         own_prefills=few,
         own_uncached_tokens=many,
@@ -508,13 +510,12 @@ def test_blocks_that_wait_are_pulled_from_near():
     [
         pytest.param("a", {"own_uncached_tokens": 4000, "own_requests": 3}, ("p2", "d2"), id="loaded"),
         pytest.param("a", {"own_uncached_tokens": 4100, "own_requests": 5}, ("p1", "d1"), id="too busy"),
-        pytest.param("b", {"own_uncached_tokens": 1, "own_requests": 1}, ("p1", "d1"), id="loaded nowhere"),
-        pytest.param("", {"own_uncached_tokens": 1, "own_requests": 1}, ("p1", "d1"), id="base model"),
+        pytest.param("", {"own_uncached_tokens": 1, "own_requests": 1}, ("p1", "d1"), id="the model itself"),
     ],
 )
 def test_lora_affinity(adapter, loaded, chosen):
-    label = {"omni.adapters": "c, a"}
-    fleet = [p("p1"), p("p2", labels=label, **loaded), d("d1"), d("d2", labels=label, **loaded)]
+    has = {"has_adapter": not adapter}
+    fleet = [p("p1", **has), p("p2", **loaded), d("d1", **has), d("d2", **loaded)]
     assert choice(policy_of("lora_affinity"), fleet, adapter=adapter) == chosen
 
 

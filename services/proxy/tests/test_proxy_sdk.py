@@ -153,9 +153,8 @@ def test_kv_room(state, stays):
 
 
 def test_lora_filter():
-    fleet = [p("a", labels={"omni.adapters": "x, y"}), p("b")]
-    assert kept("lora", {}, fleet, adapter="y") == "a"
-    assert kept("lora", {}, fleet) == "ab"
+    assert kept("lora", {}, [p("a"), p("b", has_adapter=False)], adapter="y") == "a"
+    assert kept("lora", {}, [p("a"), p("b")]) == "ab"
 
 
 def test_length_range_filter():
@@ -275,13 +274,16 @@ def test_scorers(name, parameters, state, score):
 
 def test_label_scorers():
     fleet = [
-        p("a", labels={"omni.rack": "r", "omni.zone": "z", "omni.adapters": "x"}),
+        p("a", labels={"omni.rack": "r", "omni.zone": "z"}),
         d("b", labels={"omni.zone": "z"}),
     ]
     fleet += [d("c", labels={"omni.rack": "r"}), d("d")]
     assert scores("topology", fleet, held_by="a") == [1, 0.05, 0.2, 0]
     assert scores("topology", fleet, {"closeness": {"omni.zone": 0.7}}, held_by="a") == [1, 0.7, 0, 0]
-    assert scores("lora", fleet, adapter="x") == [1, 0, 0, 0]
+
+
+def test_the_lora_scorer_likes_who_has_the_adapter():
+    assert scores("lora", [p("a"), d("b", has_adapter=False)], adapter="x") == [1, 0]
 
 
 def test_the_session_scorer_names_one():

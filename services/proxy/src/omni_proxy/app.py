@@ -17,6 +17,7 @@ from omni_common.key_cache import KeyCache
 from omni_common.prefix_index import PrefixIndex
 from omni_common.prefix_index import warm_up as warm_up_index
 from omni_common.rpc import channel
+from omni_proxy.adapters import KnownAdapters
 from omni_proxy.admission import Admission
 from omni_proxy.bodies import HttpLimits
 from omni_proxy.config_watch import ConfigMetrics, ConfigPage, ConfigWatcher, Live
@@ -139,6 +140,7 @@ def _fleet(settings: Settings, config: ScheduleConfig, metrics: Metrics) -> Flee
         times=lambda columns: WorkerTimes(columns, make=config.predictor.make()),
         health=health,
         saw_step=lambda seen: metrics.predicted("step", seen),
+        adapters=KnownAdapters(on_forgotten=metrics.forget_adapter),
     )
 
 
@@ -217,7 +219,12 @@ def _api(
         ),
         text=text,
         served=Served(
-            settings.model, settings.model_aliases, text.vocab_size, defaults, settings.max_sequences_per_request
+            settings.model,
+            settings.model_aliases,
+            text.vocab_size,
+            defaults,
+            settings.max_sequences_per_request,
+            fleet.adapters,
         ),
         admission=admission,
         limits=HttpLimits(settings.max_body_bytes, settings.body_timeout_s, settings.request_timeout_s),

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omni_common.errors import Code, DeadlineExceeded
 from omni_proxy.continuation import FirstToken
@@ -51,7 +51,9 @@ class Course:
         self.trace = trace
         self.now = asyncio.get_running_loop().time
         metrics = scheduler.metrics.prefix
-        self.foresight = Foresight(job.prompt, scheduler.keys, scheduler.fleet, metrics, self.now, job.cache_salt)
+        self.foresight = Foresight(
+            job.prompt, scheduler.keys, scheduler.fleet, metrics, self.now, job.cache_salt, job.adapter
+        )
         self.output_tokens = scheduler.lengths.expect(job.sampling.max_tokens)
         self.has_fresh_look = False
         """The caches were just looked at."""
@@ -80,6 +82,7 @@ class Course:
             slo=job.caller.slo,
             waited_ms=(self.now() - job.arrived) * 1e3,
             session=job.caller.session,
+            adapter=job.adapter,
             tenant=job.caller.tenant,
             priority=job.caller.priority,
         )
@@ -90,6 +93,8 @@ class Course:
             view = self.foresight.view(left, generated, afresh=not is_known)
         self.has_fresh_look = False
         decision = self.scheduler.policy.choose(request, view)
+        if job.adapter:
+            decision = replace(decision, adapter=job.adapter)
         self.record.decided(decision, time.perf_counter() - started)
         self.trace.event("omni.decision", lambda: span_attributes(decision))
         return decision

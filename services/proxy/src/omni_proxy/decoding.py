@@ -202,6 +202,7 @@ class Decoding:
             uncached_tokens=0 if handle else foresight.uncached_tokens(worker, generated),
             predicted_ms=self.predicted_ms,
             cache_salt=course.job.cache_salt,
+            adapter=course.job.adapter,
         )
         try:
             feed = decode.submit(submission)
@@ -308,8 +309,9 @@ class Decoding:
 
 
 def _cannot_pull(end: End) -> bool:
-    """The worker will not have these blocks; the prompt it may well compute."""
-    return end.rejected and end.error is not None and end.error.code is Code.FAILED_PRECONDITION
+    """The worker will not have these blocks; the prompt it may well compute. Without the adapter it does neither."""
+    error = end.error
+    return end.rejected and error is not None and error.code is Code.FAILED_PRECONDITION and error.field != "adapter"
 
 
 def _error_of(end: End) -> OmniError:

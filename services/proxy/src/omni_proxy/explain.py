@@ -44,6 +44,8 @@ class Explained:
     sequences: Sequence[Account]
     tenant: str = ""
     priority: int = 0
+    adapter: str = ""
+    """LoRA adapter it names; empty: the model itself."""
     arrived: datetime = field(default_factory=lambda: datetime.now(UTC))
     status: int | None = None
     error: str | None = None
@@ -84,6 +86,7 @@ class Explained:
             "arrived": self.arrived.isoformat(timespec="milliseconds"),
             "tenant": self.tenant,
             "priority": self.priority,
+            "adapter": self.adapter,
             "status": self.status,
             "error": self.error,
             "reason": self.reason,

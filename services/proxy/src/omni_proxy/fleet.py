@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from omni_proxy.adapters import KnownAdapters
 from omni_proxy.attempt import Attempt
 from omni_proxy.health import Health, HealthSettings
 from omni_proxy.ledger import Ledger
@@ -17,28 +18,59 @@ from omni_proxy.replica import Holder, Replica
 from omni_proxy.scheduling.columns import INTS, Columns
 from omni_proxy.scheduling.forecast import LoadCost, Outlook
 from omni_proxy.scheduling.times import Capacity, Seen, WorkerTimes
-from omni_proxy.scheduling.view import FleetView, Floats, Ints, Pairing, Rows
+from omni_proxy.scheduling.view import Bools, FleetView, Floats, Ints, Pairing, Rows
 from omni_proxy.worker import HARDWARE_LABEL, Load, Member, Worker
+
+
+class _Serving(NamedTuple):
+    """Who takes work for one adapter, or for the model itself."""
+
+    prefills: Bools
+    decodes: Bools
+    computing: Rows
+    """Slots of those that compute prompts: prefill workers, or where there are none the decode workers."""
+    deciding: Rows
+    """Slots of decode workers."""
+
+    @classmethod
+    def of(cls, slots: Rows, prefills: Bools, decodes: Bools) -> "_Serving":
+        return cls(prefills, decodes, slots[prefills] if prefills.any() else slots[decodes], slots[decodes])
 
 
 class _Usable(NamedTuple):
     """Members that take work, and their columns that change with membership only."""
 
+    members: Sequence[Member]
     slots: Rows
-    computing: Rows
-    """Slots of those that compute prompts: prefill workers, or where there are none the decode workers."""
-    deciding: Rows
-    """Slots of decode workers."""
+    model: _Serving
+    adapters: dict[str, _Serving]
+    """Of those that were asked for since the members are the same."""
+    has_slot: Bools
+    """All true, and `no_ms` all 0: what a request for the model itself meets."""
+    no_ms: Floats
+    adapter_load_ms: Floats
     apart: Rows
     """Slots of those that compute prompts and do not decode."""
     ids: tuple[str, ...]
-    prefills: np.ndarray
-    decodes: np.ndarray
     pairing: Pairing
     labels: tuple[Mapping[str, str], ...]
     max_num_seqs: Ints
     by_block_size: Mapping[int, tuple[Rows, Sequence[str]]]
     """Rows and ids."""
+
+    def serving(self, adapter: str) -> _Serving:
+        if not adapter:
+            return self.model
+        found = self.adapters.get(adapter)
+        if found is None:
+            serves = np.array([adapter in m.worker.adapters for m in self.members], np.bool_)
+            found = _Serving.of(self.slots, self.model.prefills & serves, self.model.decodes & serves)
+            self.adapters[adapter] = found
+        return found
+
+    def in_slots(self, adapter: str) -> Bools:
+        """Which workers have it in one."""
+        return np.array([adapter in m.load.adapters for m in self.members], np.bool_)
 
 
 class PromptForecast(NamedTuple):
@@ -63,6 +95,7 @@ class Fleet:
         times: Callable[[Columns], WorkerTimes] = WorkerTimes,
         health: Health | None = None,
         saw_step: Callable[[Seen], None] | None = None,
+        adapters: KnownAdapters | None = None,
     ) -> None:
         """`load_costs`: of a worker's own tiers `host`, `disk` and `remote`; `now`: seconds; `saw_step` hears of the
         step times in workers' reports beside what was predicted."""
@@ -82,6 +115,7 @@ class Fleet:
         self.ledger = Ledger(self.columns, now)
         self.times = times(self.columns)
         self.replica = replica
+        self.adapters = KnownAdapters() if adapters is None else adapters
 
     @property
     def members(self) -> Sequence[Member]:
@@ -122,6 +156,8 @@ class Fleet:
     def signal(self) -> None:
         """Wake everyone who waits in `changed`."""
         self._usable = None
+        members = self._members.values()
+        self.adapters.told({name for m in members if m.is_listed and self._serves(m) for name in m.worker.adapters})
         self._changed.set()
         self._changed = asyncio.Event()
         for listener in self._listeners:
@@ -174,8 +210,11 @@ class Fleet:
         """The same workers take work as when it was made."""
         return self._takers().ids is forecast.ids
 
-    def view(self, found: PromptForecast, prompt_tokens: int, output_tokens: int) -> FleetView:
-        """The fleet as of now for a prompt with a current forecast; load columns are copies."""
+    def view(self, found: PromptForecast, prompt_tokens: int, output_tokens: int, adapter: str = "") -> FleetView:
+        """The fleet as of now for a prompt with a current forecast; load columns are copies.
+
+        Who does not serve the `adapter` takes neither leg.
+        """
         usable = self._usable
         if usable is None or usable.ids is not found.ids:
             raise ValueError("the forecast is of other workers")
@@ -183,16 +222,22 @@ class Fleet:
         cached, expected, loadable = found.tokens
         uncached = np.maximum(prompt_tokens - cached, 0)
         load = dict(zip(INTS, columns.ints.take(slots, 1), strict=True))
+        serving, has_adapter, adapter_ms = usable.model, usable.has_slot, usable.no_ms
+        if adapter:
+            serving, has_adapter = usable.serving(adapter), usable.in_slots(adapter)
+            adapter_ms = np.where(has_adapter, 0.0, usable.adapter_load_ms)
         return FleetView(
             ids=usable.ids,
-            prefills=usable.prefills,
-            decodes=usable.decodes,
+            prefills=serving.prefills,
+            decodes=serving.decodes,
             pairing=usable.pairing,
             labels=usable.labels,
             cached_tokens=cached,
             expected_tokens=expected,
             loadable_tokens=loadable,
             load_ms=found.load_ms,
+            has_adapter=has_adapter,
+            adapter_ms=adapter_ms,
             kv_usage=columns.kv_usage[slots],
             max_num_seqs=usable.max_num_seqs,
             stats_age_s=now_s - columns.stats_at_s[slots],
@@ -203,15 +248,15 @@ class Fleet:
     def usable_slots(self) -> tuple[Rows, np.ndarray, np.ndarray]:
         """Slots of the workers that take work, and which of them prefill and decode."""
         usable = self._takers()
-        return usable.slots, usable.prefills, usable.decodes
+        return usable.slots, usable.model.prefills, usable.model.decodes
 
-    def computing_slots(self) -> Rows:
+    def computing_slots(self, adapter: str = "") -> Rows:
         """Of workers that take work and compute prompts: prefill workers, or where there are none decode workers."""
-        return self._takers().computing
+        return self._takers().serving(adapter).computing
 
-    def deciding_slots(self) -> Rows:
+    def deciding_slots(self, adapter: str = "") -> Rows:
         """Of decode workers that take work."""
-        return self._takers().deciding
+        return self._takers().serving(adapter).deciding
 
     def coming(self) -> int:
         """Sequences whose prompts are on workers that do not decode: a decode worker gets each."""
@@ -252,13 +297,15 @@ class Fleet:
         decodes = np.array([m.decodes for m in members], np.bool_)
         sizes = np.array([w.block_size for w in workers], np.int64)
         return _Usable(
+            members=members,
             slots=slots,
-            computing=slots[prefills] if prefills.any() else slots[decodes],
-            deciding=slots[decodes],
+            model=_Serving.of(slots, prefills, decodes),
+            adapters={},
+            has_slot=np.ones(len(slots), np.bool_),
+            no_ms=np.zeros(len(slots)),
+            adapter_load_ms=np.array([w.adapter_load_ms for w in workers], np.float64),
             apart=slots[prefills & ~decodes],
             ids=tuple(w.id for w in workers),
-            prefills=prefills,
-            decodes=decodes,
             pairing=Pairing([w.kv_kind for w in workers], [w.group for w in workers]),
             labels=tuple(w.labels for w in workers),
             max_num_seqs=np.array([w.max_num_seqs for w in workers], np.int64),

@@ -26,9 +26,11 @@ class Foresight:
         metrics: PrefixMetrics,
         now: Callable[[], float],
         salt: str = "",
+        adapter: str = "",
     ) -> None:
         self._prompt = prompt
         self._salt = salt
+        self._adapter = adapter
         self._all_keys = keys
         self._fleet = fleet
         self._metrics = metrics
@@ -40,7 +42,7 @@ class Foresight:
 
     def keys(self, block_size: int) -> bytes:
         if block_size not in self._keys:
-            self._keys[block_size] = self._all_keys.of(self._prompt, block_size, self._salt)
+            self._keys[block_size] = self._all_keys.of(self._prompt, block_size, self._salt, self._adapter)
         return self._keys[block_size]
 
     def prepare(self) -> None:
@@ -57,7 +59,7 @@ class Foresight:
         if afresh or found is None or not self._fleet.is_current(found):
             found = self._found = self._fleet.forecast(self.keys)
             self._rows = dict(zip(found.ids, range(len(found.ids)), strict=True))
-        self._view = self._fleet.view(found, len(self._prompt) + generated, output_tokens)
+        self._view = self._fleet.view(found, len(self._prompt) + generated, output_tokens, self._adapter)
         return self._view
 
     def cached_tokens(self, worker: Worker) -> int:

@@ -65,7 +65,9 @@ class Generation:
         ]
         self._explains = explains
         self._rate_headers = rate_headers or {}
-        self._explained = Explained(request_id, [c.run.record for c in self.choices], caller.tenant, caller.priority)
+        self._adapter = options.adapter
+        records = [choice.run.record for choice in self.choices]
+        self._explained = Explained(request_id, records, caller.tenant, caller.priority, options.adapter)
         scheduler.explanations.begin(self._explained)
 
     def headers(self) -> dict[str, str]:
@@ -128,6 +130,7 @@ class Generation:
                 | {
                     "omni.request_id": self.request_id,
                     "omni.model": model,
+                    **({"omni.adapter": self._adapter} if self._adapter else {}),
                     "omni.choices": len(self.choices),
                     "omni.prompt_tokens": usage.prompt_tokens,
                     "omni.uncached_tokens": usage.prompt_tokens - usage.cached_tokens,
@@ -144,6 +147,8 @@ class Generation:
     def _write_metrics(self, status: int, usage: Usage, now: float) -> None:
         metrics, clock, exemplar = self._metrics, self.clock, self._trace.exemplar
         metrics.requests.labels(str(status)).inc()
+        if self._adapter:
+            metrics.adapter_requests.labels(self._adapter).inc()
         metrics.e2e.observe(now - clock.arrived, exemplar)
         if clock.first_piece is not None:
             metrics.ttft.observe(clock.first_piece - clock.arrived, exemplar)
@@ -188,7 +193,16 @@ class Generation:
             # Wraps within int64, so that the largest seed has choices too.
             seed = (seed + index % self._n + 2**63) % 2**64 - 2**63
         sampling = replace(options.sampling, max_tokens=max_tokens, seed=seed)
-        job = SequenceJob(sequence_id, prompt, sampling, self.deadline, self.caller, self._arrived, options.cache_salt)
+        job = SequenceJob(
+            sequence_id,
+            prompt,
+            sampling,
+            self.deadline,
+            self.caller,
+            self._arrived,
+            options.cache_salt,
+            options.adapter,
+        )
         run = SequenceRun(scheduler, job, self._trace)
         detokenizer = text.detokenizer(skip_special_tokens=options.skip_special_tokens, show_marks=self._show_marks)
         return Choice(index, run, detokenizer, options.rules)

@@ -110,14 +110,17 @@ class Api:
         return _json({"prompt": await self.text.decoded(tokens)})
 
     async def models(self, request: Request) -> Response:
-        names = (self.served.model, *self.served.aliases)
-        return _json({"object": "list", "data": [self._model(name) for name in names]})
+        names = self._names()
+        adapters = sorted(self.scheduler.fleet.adapters.served.difference(names))
+        return _json({"object": "list", "data": [*map(self._model, names), *map(self._adapter, adapters)]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model_id"]
-        if name not in (self.served.model, *self.served.aliases):
-            raise NotFound(f"the model {name!r} does not exist here", field="model", reason="model_not_found")
-        return _json(self._model(name))
+        if name in self._names():
+            return _json(self._model(name))
+        if name in self.served.adapters:
+            return _json(self._adapter(name))
+        raise NotFound(f"the model {name!r} does not exist here", field="model", reason="model_not_found")
 
     @property
     def max_model_len(self) -> int | None:
@@ -169,7 +172,7 @@ class Api:
             leave()
             visit.end(usage.prompt_tokens + usage.completion_tokens)
 
-        return GenerationResponse(generation, writer, options.model, release)
+        return GenerationResponse(generation, writer, self.served.model, release)
 
     def _expected_tokens(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], n: int) -> int:
         """Of prompts and answers, as the tenant is charged until the answers have ended."""
@@ -178,6 +181,12 @@ class Api:
 
     def _as_text(self, prompt: str | Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else self.text.decode(prompt)
+
+    def _names(self) -> tuple[str, ...]:
+        return (self.served.model, *self.served.aliases)
+
+    def _adapter(self, name: str) -> dict[str, object]:
+        return self._model(name) | {"root": name, "parent": self.served.model}
 
     def _model(self, name: str) -> dict[str, object]:
         return {

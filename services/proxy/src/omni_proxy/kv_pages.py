@@ -61,7 +61,7 @@ class KvPages:
         asked = await parsed(request, self.limits, partial(parse_prefix, served=self.served))
         tokens = await self._tokens(asked)
         size = asked.block_size or self._block_size()
-        keys, replica = self.keys.of(tokens, size, asked.cache_salt), self.fleet.replica
+        keys, replica = self.keys.of(tokens, size, asked.cache_salt, asked.adapter), self.fleet.replica
         prefixes = replica.index.lookup(keys)
         return _json(
             {

@@ -124,6 +124,7 @@ class SequenceRun:
             ttft_slo_ms=job.caller.slo.ttft_ms,
             itl_slo_ms=job.caller.slo.itl_ms,
             prefill_ms=prefill_ms,
+            adapter=job.adapter,
         )
         turn = await gate.turn(ticket)
         course.record.held_ms = turn.waited_ms

@@ -1,6 +1,7 @@
 """Prometheus metrics of the proxy."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -42,6 +43,9 @@ class Metrics:
         self.registry = registry
         self.readings = Readings(registry)
         self.requests = Labelled(Counter("omni_proxy_requests", "Requests by HTTP status", ["code"], registry=registry))
+        self.adapter_requests = Counter(
+            "omni_proxy_adapter_requests", "Requests that named a LoRA adapter", ["adapter"], registry=registry
+        )
         self.running = Gauge("omni_proxy_running_sequences", "Sequences in flight", registry=registry)
         self.ttft = Histogram("omni_proxy_ttft_seconds", "To the first token", buckets=_LATENCY, registry=registry)
         self.e2e = Histogram("omni_proxy_e2e_seconds", "Whole requests", buckets=_LATENCY, registry=registry)
@@ -92,6 +96,11 @@ class Metrics:
     def decided(self, decision: Decision) -> None:
         """How a prompt comes to be computed."""
         self.decisions.labels(decision.reason, decision.policy).inc()
+
+    def forget_adapter(self, name: str) -> None:
+        """Nobody can ask for it any more."""
+        with suppress(KeyError):
+            self.adapter_requests.remove(name)
 
     def ejected(self, cause: Cause) -> None:
         self.health.ejections.labels(cause).inc()

@@ -1,6 +1,6 @@
 """OpenAI request bodies, validated into values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +25,22 @@ _ID_DIGITS = 10
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What requests are checked against. `defaults` are the model's own sampling parameters."""
+    """What requests are checked against. `defaults` are the model's own sampling parameters.
+
+    `adapters` are the names by which LoRA adapters of the model may be asked for; asked from any thread.
+    """
 
     model: str
     aliases: tuple[str, ...]
     vocab_size: int
     defaults: Mapping[str, float]
     max_sequences: int
+    adapters: Container[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What chat and completions share. `max_tokens` None fills the model's length.
+    """What chat and completions share. `model` is the name to answer with; `max_tokens` None fills the model's length.
 
     Prompts share cached blocks only with those of the same `cache_salt`.
     """
@@ -51,6 +55,8 @@ class Options:
     sampling: Sampling
     max_tokens: int | None
     cache_salt: str
+    adapter: str = ""
+    """Empty: the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def parse_json(body: bytes) -> Fields:
 
 
 def parse_chat(fields: Fields, served: Served) -> ChatRequest:
-    check_model(fields, served)
+    adapter = adapter_of(fields, served)
     logprobs = _chat_logprobs(fields)
     max_tokens = fields.integer("max_completion_tokens", 1)
     if (older := fields.integer("max_tokens", 1)) is not None and max_tokens is None:
@@ -97,7 +103,7 @@ def parse_chat(fields: Fields, served: Served) -> ChatRequest:
     if choice not in (None, "none", "auto"):
         raise fields.refuse("tool_choice", "only 'none' and 'auto' are supported", "unsupported_value")
     return ChatRequest(
-        options=_options(fields, served, 1, max_tokens, logprobs),
+        options=_options(fields, served, adapter, 1, max_tokens, logprobs),
         messages=chat_messages(fields),
         tools=tools,
         reads_calls=bool(tools) and choice != "none",
@@ -109,7 +115,7 @@ def parse_chat(fields: Fields, served: Served) -> ChatRequest:
 
 
 def parse_completion(fields: Fields, served: Served) -> CompletionRequest:
-    check_model(fields, served)
+    adapter = adapter_of(fields, served)
     prompts = _prompts(fields, served.vocab_size)
     logprobs = fields.integer("logprobs", 0, _MAX_LOGPROBS)
     echo = fields.boolean("echo")
@@ -118,23 +124,29 @@ def parse_completion(fields: Fields, served: Served) -> CompletionRequest:
     if fields.text("suffix"):
         raise fields.refuse("suffix", "is not supported", "unsupported_parameter")
     max_tokens = fields.integer("max_tokens", 1)
-    options = _options(fields, served, len(prompts), _COMPLETION_TOKENS if max_tokens is None else max_tokens, logprobs)
+    max_tokens = _COMPLETION_TOKENS if max_tokens is None else max_tokens
+    options = _options(fields, served, adapter, len(prompts), max_tokens, logprobs)
     best_of = fields.integer("best_of", 1)
     if best_of is not None and best_of != options.n:
         raise fields.refuse("best_of", "is only supported equal to n", "unsupported_value")
     return CompletionRequest(options, prompts, echo, fields.boolean("add_special_tokens", True))
 
 
-def check_model(fields: Fields, served: Served, *, required: bool = True) -> None:
-    """Raises `NotFound` for a model that is not served here."""
+def adapter_of(fields: Fields, served: Served, *, required: bool = True) -> str:
+    """The adapter that `model` names; empty for the model itself. Raises `NotFound` for what is not served here."""
     model = fields.text("model")
     if model is None and required:
         raise fields.refuse("model", "is required", "missing_parameter")
-    if model is not None and model != served.model and model not in served.aliases:
+    if model is None or model == served.model or model in served.aliases:
+        return ""
+    if model not in served.adapters:
         raise NotFound(f"the model {model!r} does not exist here", field="model", reason="model_not_found")
+    return model
 
 
-def _options(fields: Fields, served: Served, num_prompts: int, max_tokens: int | None, logprobs: int | None) -> Options:
+def _options(
+    fields: Fields, served: Served, adapter: str, num_prompts: int, max_tokens: int | None, logprobs: int | None
+) -> Options:
     n = fields.integer("n", 1, _MAX_N) or 1
     if n * num_prompts > served.max_sequences:
         raise fields.refuse("n", f"{num_prompts} prompts x {n} choices exceed {served.max_sequences} sequences")
@@ -149,7 +161,7 @@ def _options(fields: Fields, served: Served, num_prompts: int, max_tokens: int |
         raise fields.refuse("min_tokens", f"must be at most max_tokens, which is {max_tokens}")
     include_stop = fields.boolean("include_stop_str_in_output")
     return Options(
-        model=served.model,
+        model=adapter or served.model,
         n=n,
         stream=stream,
         include_usage=usage is not None and usage.boolean("include_usage"),
@@ -159,6 +171,7 @@ def _options(fields: Fields, served: Served, num_prompts: int, max_tokens: int |
         sampling=sampling,
         max_tokens=max_tokens,
         cache_salt=cache_salt(fields),
+        adapter=adapter,
     )
 
 

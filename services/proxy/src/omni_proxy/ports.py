@@ -54,7 +54,10 @@ class KvHandle:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOrder:
-    """`uncached_tokens`: what the worker is believed to compute; None where nobody knows."""
+    """`uncached_tokens`: what the worker is believed to compute; None where nobody knows.
+
+    `adapter`: LoRA adapter of the model; empty: the model itself. So in a `Submission`.
+    """
 
     request_id: str
     model: str
@@ -64,6 +67,7 @@ class PrefillOrder:
     proxy_id: str = ""
     uncached_tokens: int | None = None
     cache_salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class Submission:
     uncached_tokens: int | None = None
     predicted_ms: float = 0.0
     cache_salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,7 @@ class Prefilling:
             self._course.scheduler.proxy_id,
             self._course.foresight.uncached_tokens(worker),
             self._course.job.cache_salt,
+            self._course.job.adapter,
         )
 
 

@@ -14,15 +14,15 @@ class PromptKeys:
         self._cache = cache
         self._metrics = metrics
 
-    def of(self, prompt: Sequence[int], block_size: int, salt: str = "") -> bytes:
+    def of(self, prompt: Sequence[int], block_size: int, salt: str = "", adapter: str = "") -> bytes:
         """Keys of the prompt's full blocks; none where the worker has no blocks (`block_size` 0).
 
-        Prompts of different salts share none.
+        Prompts of different salts or adapters share none.
         """
         if block_size == 0:
             return b""
         hashed, reused = self._cache.hashed_blocks, self._cache.reused_blocks
-        root = root_key(self._model, salt=salt) if salt else self._root
+        root = root_key(self._model, adapter, salt) if salt or adapter else self._root
         keys = self._cache.keys(prompt, block_size, root)
         self._metrics.keys.labels("hashed").inc(self._cache.hashed_blocks - hashed)
         self._metrics.keys.labels("reused").inc(self._cache.reused_blocks - reused)

@@ -6,7 +6,7 @@ from typing import Any
 
 from omni_proxy.chat_messages import chat_messages, tool_definitions
 from omni_proxy.fields import Fields
-from omni_proxy.openai_requests import Served, cache_salt, check_model, template_variables, token_ids
+from omni_proxy.openai_requests import Served, adapter_of, cache_salt, template_variables, token_ids
 from omni_proxy.openai_unsupported import TOKENIZE_NAMES, refuse_names
 
 
@@ -22,7 +22,7 @@ class TokenizeRequest:
 
 
 def parse_tokenize(fields: Fields, served: Served) -> TokenizeRequest:
-    check_model(fields, served, required=False)
+    adapter_of(fields, served, required=False)
     refuse_names(fields, TOKENIZE_NAMES)
     prompt = fields.text("prompt")
     has_messages = fields.raw("messages") is not None
@@ -48,24 +48,25 @@ class PrefixRequest:
     add_special_tokens: bool
     block_size: int | None
     cache_salt: str
+    adapter: str
 
 
 def parse_prefix(fields: Fields, served: Served) -> PrefixRequest:
     """Token ids, or what `parse_tokenize` takes."""
     block_size, salt = fields.integer("block_size", 1), cache_salt(fields)
+    adapter = adapter_of(fields, served, required=False)
     given = fields.raw("prompt")
     if isinstance(given, list) and fields.raw("messages") is None:
-        check_model(fields, served, required=False)
         tokens = token_ids(fields, "prompt", given, served.vocab_size)
-        return PrefixRequest(tokens, (), (), {}, False, block_size, salt)
+        return PrefixRequest(tokens, (), (), {}, False, block_size, salt, adapter)
     asked = parse_tokenize(fields, served)
     return PrefixRequest(
-        asked.prompt, asked.messages, asked.tools, asked.template, asked.add_special_tokens, block_size, salt
+        asked.prompt, asked.messages, asked.tools, asked.template, asked.add_special_tokens, block_size, salt, adapter
     )
 
 
 def parse_detokenize(fields: Fields, served: Served) -> Sequence[int]:
-    check_model(fields, served, required=False)
+    adapter_of(fields, served, required=False)
     tokens = fields.items("tokens")
     if fields.raw("tokens") is None:
         raise fields.refuse("tokens", "is required", "missing_parameter")

@@ -27,28 +27,28 @@ class FleetRoom:
 
     def room_in_ms(self, ticket: Ticket) -> float:
         """0: now; inf: no worker takes work."""
-        deciding = self._fleet.deciding_slots()
+        deciding = self._fleet.deciding_slots(ticket.adapter)
         if not len(deciding):
             return math.inf
         wait_ms = max(self._prompt_ms(ticket), self._seat_ms(ticket, deciding))
         return max(0.0, wait_ms - self.lookahead_ms)
 
-    def drain_ms(self) -> float:
+    def drain_ms(self, adapter: str = "") -> float:
         """Until the least loaded worker has computed what was sent to it; inf: no worker takes work."""
-        if not len(self._fleet.deciding_slots()):
+        if not len(self._fleet.deciding_slots(adapter)):
             return math.inf
-        return float(self._fleet.times.free_in_ms(self._fleet.computing_slots(), self._fleet.now()).min())
+        return float(self._fleet.times.free_in_ms(self._fleet.computing_slots(adapter), self._fleet.now()).min())
 
     def is_short_of_decode(self, ticket: Ticket) -> bool:
         """A seat or the pace of a decode worker, and not a prompt's turn, is what the ticket waits for."""
-        deciding = self._fleet.deciding_slots()
+        deciding = self._fleet.deciding_slots(ticket.adapter)
         if not len(deciding):
             return False
         return self._seat_ms(ticket, deciding) > max(self._prompt_ms(ticket), self.lookahead_ms)
 
     def _prompt_ms(self, ticket: Ticket) -> float:
         """Until a worker has computed what is ahead; 0 where that and the prompt are a small part of one step."""
-        slots, times = self._fleet.computing_slots(), self._fleet.times
+        slots, times = self._fleet.computing_slots(ticket.adapter), self._fleet.times
         if times.begins_in_a_step(slots, ticket.uncached_tokens, _STEP_SHARE):
             return 0.0
         return float(times.free_in_ms(slots, self._fleet.now()).min())
@@ -64,7 +64,8 @@ class FleetRoom:
         return float(of.seat_ms.min())
 
     def _pace_ms(self, ticket: Ticket, itl_slo_ms: float, slots: Rows) -> float:
-        coming = self._fleet.coming() / len(slots)
+        # Shared out to all decode workers, whatever this ticket's adapter.
+        coming = self._fleet.coming() / len(self._fleet.deciding_slots())
         pace_ms = self._fleet.times.pace_ms(slots, ticket.prompt_tokens, ticket.output_tokens, coming, itl_slo_ms)
         return float(pace_ms.min())
 

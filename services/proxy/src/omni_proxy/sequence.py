@@ -74,7 +74,10 @@ class Scheduler:
 
 @dataclass(frozen=True, slots=True)
 class SequenceJob:
-    """`deadline` and `arrived` are on the event loop's clock, in seconds. Blocks are shared within one `cache_salt`."""
+    """`deadline` and `arrived` are on the event loop's clock, in seconds. Blocks are shared within one `cache_salt`.
+
+    `adapter`: LoRA adapter; empty: the model itself.
+    """
 
     request_id: str
     prompt: Sequence[int]
@@ -83,6 +86,7 @@ class SequenceJob:
     caller: Caller = NOBODY
     arrived: float = 0.0
     cache_salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(slots=True)

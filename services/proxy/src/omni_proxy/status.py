@@ -100,9 +100,10 @@ class StatusPages:
         return [
             {
                 **asdict(m.worker),
+                "adapters": sorted(m.worker.adapters),
                 "takes_work": self._refusal(m) is None,
                 "refusal": self._refusal(m),
-                "load": asdict(m.load),
+                "load": asdict(m.load) | {"adapters": sorted(m.load.adapters)},
                 "in_flight": asdict(self.fleet.ledger.of(m.worker.id)),
                 "saturation": saturation.get(m.worker.id),
             }

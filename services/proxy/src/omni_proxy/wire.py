@@ -71,6 +71,7 @@ def prefill_to_wire(order: PrefillOrder) -> prefill_pb.PrefillRequest:
         proxy_id=order.proxy_id,
         uncached_tokens=order.uncached_tokens,
         cache_salt=order.cache_salt,
+        adapter=order.adapter,
     )
 
 
@@ -99,6 +100,7 @@ def submit_to_wire(stream_id: int, submission: Submission) -> decode_pb.Submit:
         deadline_ms=submission.deadline_ms,
         uncached_tokens=submission.uncached_tokens,
         cache_salt=submission.cache_salt,
+        adapter=submission.adapter,
     )
 
 
@@ -137,6 +139,8 @@ def worker_from_wire(info: engine_pb2.WorkerInfo) -> Worker:
         num_blocks=info.num_blocks,
         max_num_batched_tokens=info.max_num_batched_tokens,
         labels=dict(info.labels),
+        adapters=frozenset(filter(None, info.adapters)),
+        adapter_load_ms=info.adapter_load_ms,
     )
 
 
@@ -192,6 +196,7 @@ def load_from_wire(message: worker_service_pb2.WatchStatsResponse) -> Load:
         prompts=message.prompts,
         prompt_tokens=message.prompt_tokens,
         prompt_busy_ms=message.prompt_busy_ms,
+        adapters=frozenset(message.adapters),
     )
 
 

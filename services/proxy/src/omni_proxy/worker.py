@@ -35,6 +35,10 @@ class Worker:
     num_blocks: int = 0
     max_num_batched_tokens: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
+    """LoRA adapters it serves besides the model itself."""
+    adapter_load_ms: float = 0.0
+    """To bring one into a slot; 0: nothing to speak of, or not known."""
 
     @property
     def kv_kind(self) -> str:
@@ -76,6 +80,8 @@ class Load:
     prompts: int = 0
     prompt_tokens: int = 0
     prompt_busy_ms: float = 0.0
+    adapters: frozenset[str] = frozenset()
+    """In the engine's slots."""
 
 
 @dataclass(slots=True)

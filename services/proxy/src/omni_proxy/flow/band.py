@@ -6,7 +6,7 @@ the lanes does not change while nobody is served, and halving older service touc
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from omni_proxy.flow.fairness import Fairness
 from omni_proxy.flow.lane import Entry, Lane
@@ -83,10 +83,14 @@ class Band:
             self._active[lane.tenant] = lane
             self._place(lane)
 
-    def head(self, now: float) -> Entry | None:
-        """The entry whose turn it is. Asked twice at one instant, it is the same."""
+    def head(self, now: float, passed: Set[str] = frozenset()) -> Entry | None:
+        """The entry whose turn it is, those left out whose adapters are `passed`. Asked twice at one instant, it is the
+        same.
+        """
         if not self._active:
             return None
+        if passed:
+            return self._head_beside(now, passed)
         if self._releases % AGING_EVERY == AGING_EVERY - 1:
             longest = next(iter(self._active.values()))
             if longest.ages_s <= now:
@@ -96,6 +100,16 @@ class Band:
             if lane and lane.stamp == stamp:
                 return lane.head(now)
             heapq.heappop(self._turns)
+
+    def _head_beside(self, now: float, passed: Set[str]) -> Entry | None:
+        """The same order, looked through lane by lane."""
+        if self._releases % AGING_EVERY == AGING_EVERY - 1:
+            longest = next((lane for lane in self._active.values() if lane.waits_beside(passed)), None)
+            if longest is not None and longest.ages_s <= now:
+                return longest.head(now, passed)
+        turns = (turn for turn in self._turns if turn[3].stamp == turn[2] and turn[3].waits_beside(passed))
+        first = min(turns, default=None)
+        return None if first is None else first[3].head(now, passed)
 
     def release(self, entry: Entry, now: float) -> None:
         """Its turn is taken: it leaves, and its tenant is charged."""

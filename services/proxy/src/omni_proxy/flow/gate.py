@@ -6,13 +6,16 @@ ledger, before it awaits anything.
 
     turn() -> room and nobody waits: at once
            -> else queue -> head: room, or its predicted boundary (timer), or something changed (poke) -> released
+
+A head without room holds up who is behind it, but for one thing: where it waits for those that serve its LoRA adapter
+while others have room, all of that adapter are passed over. Each of them keeps its place.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from omni_common.errors import DeadlineExceeded, Internal, OmniError, ResourceExhausted, Unavailable
@@ -31,6 +34,8 @@ _NO_WAIT_MS = 0.05
 _SLO_MARGIN_S = 0.005
 """So long before its latest start a head is released anyway."""
 _NO_WORKER_RETRY_S = 1.0
+_MOST_BUSY = 16
+"""Adapters that one look passes over for want of room: each costs a question to the predictors."""
 
 
 class Room(Protocol):
@@ -39,7 +44,7 @@ class Room(Protocol):
     def room_in_ms(self, ticket: Ticket) -> float:
         """Until a worker would begin within the look-ahead; 0: now, inf: no worker takes work, nan: not predicted."""
 
-    def drain_ms(self) -> float:
+    def drain_ms(self, adapter: str = "") -> float:
         """Until the least loaded worker has computed what is in flight; inf: no worker takes work."""
 
 
@@ -84,8 +89,12 @@ class FlowGate:
         self._boundary_s = math.inf
         self._progress_s = self._timers.time()
         """When something was released last, or the queue was empty."""
-        self._no_worker_s = math.inf
-        """Since when no worker takes work."""
+        self._no_worker_s: dict[str, float] = {}
+        """Since when no worker takes work for an adapter, or at all."""
+        self._held_s: dict[str, float] = {}
+        """Since when the head of an adapter waits, and none of that adapter has gone."""
+        self._have_workers_changed = False
+        self._judged: Ticket | None = None
         self._is_ahead = False
         """A request was released for its service level alone; the next one waits for room."""
         self._watch()
@@ -130,6 +139,7 @@ class FlowGate:
 
     def workers_changed(self) -> None:
         """One came, went or changed state: a look, even if nobody waits, since it tells when the last one went."""
+        self._have_workers_changed = True
         self._look_soon()
 
     def reconfigure(self, settings: FlowSettings) -> None:
@@ -152,12 +162,12 @@ class FlowGate:
 
     def predicted_wait_ms(self, ticket: Ticket) -> float:
         """Until a new ticket's prompt would begin: those before it at the pace seen, then the work in flight."""
-        drain_ms = _finite(self._room.drain_ms())
+        drain_ms = _finite(self._room.drain_ms(ticket.adapter))
         return self._pace.gap_ms(ticket.prefill_ms) * self._queue.ahead_of(ticket) + drain_ms
 
     def _reason_at_once(self, ticket: Ticket, now: float) -> Release | None:
         room_ms = self._room.room_in_ms(ticket)
-        self._note_workers(room_ms, now)
+        self._note_workers(ticket.adapter, room_ms, now)
         if math.isnan(room_ms):
             return Release.NO_PREDICTION
         if room_ms > _NO_WAIT_MS or self._held_back_ms(ticket) > _NO_WAIT_MS:
@@ -165,8 +175,11 @@ class FlowGate:
         return Release.ROOM
 
     def _enqueue(self, ticket: Ticket, now: float) -> None:
-        if now >= self._no_worker_s + self._queue.settings.worker_wait_ms / 1e3:
-            raise self._no_worker()
+        if ticket.adapter in self._no_worker_s:
+            self._note_workers(ticket.adapter, self._room.drain_ms(ticket.adapter), now)
+        since_s = min(self._no_worker_s.get(adapter, math.inf) for adapter in ("", ticket.adapter))
+        if now >= since_s + self._queue.settings.worker_wait_ms / 1e3:
+            raise self._no_worker(ticket)
         self._shed_hopeless(ticket)
         if not self._queue:
             self._progress_s = now
@@ -200,12 +213,13 @@ class FlowGate:
         except Exception as error:
             # Who predicts may be a third party's. Others are not left to wait for a look that never comes.
             log.exception("a look at the queue failed")
-            if (head := self._queue.head(self._timers.time())) is not None:
+            if (head := self._judged or self._queue.head(self._timers.time())) is not None:
                 self._queue.remove(head)
                 self._fail(head, Internal(f"the prediction failed: {type(error).__name__}", reason="unexpected"))
             self.poke()
 
     def _look(self) -> None:
+        self._judged = None
         if self._soon is not None:
             # A timer and a poke in one pass of the loop are one look: a second one would be blind to the first's.
             self._soon.cancel()
@@ -215,25 +229,62 @@ class FlowGate:
         now = self._timers.time()
         for ticket in self._queue.expire(now):
             self._fail(ticket, self._expired(ticket, now))
-        if (head := self._queue.head(now)) is None:
-            self._note_workers(self._room.drain_ms(), now)
-            return
-        if self._waiting[head].done():
-            # Cancelled; its task has not run yet.
-            self._queue.remove(head)
-            self.poke()
-            return
-        wait_ms = self._wait_ms(head)
-        self._note_workers(wait_ms, now)
-        if now >= self._give_up_s:
-            self._fail_all()
-        elif (reason := self._reason(head, wait_ms, now, is_boundary)) is not None:
-            self._release(head, reason, now)
-        else:
-            self._look_again(now, wait_ms, head)
+        self._note_all_workers(now)
+        if held := self._judge_heads(now, is_boundary):
+            self._look_again(now, held)
 
-    def _note_workers(self, room_ms: float, now: float) -> None:
-        self._no_worker_s = min(self._no_worker_s, now) if math.isinf(room_ms) else math.inf
+    def _judge_heads(self, now: float, is_boundary: bool) -> Mapping[Ticket, float]:
+        """Let the first one go that may, else give the predicted waits of all that may not."""
+        held: dict[Ticket, float] = {}
+        passed: set[str] = set()
+        num_busy, others_have_room = 0, False
+        while (head := self._queue.head(now, passed)) is not None:
+            self._judged = head
+            if self._waiting[head].done():
+                # Cancelled; its task has not run yet.
+                self._queue.remove(head)
+                self.poke()
+                return {}
+            wait_ms = held[head] = self._wait_ms(head)
+            self._note_workers(head.adapter, wait_ms, now)
+            if now >= self._give_up_s(head.adapter):
+                self._fail_all(head.adapter)
+                self.poke()
+                return {}
+            if (reason := self._reason(head, wait_ms, now, is_boundary)) is not None:
+                self._release(head, reason, now)
+                return {}
+            if not head.adapter:
+                break
+            self._held_s.setdefault(head.adapter, now)
+            if not math.isinf(wait_ms):
+                num_busy += 1
+                others_have_room = others_have_room or self._have_others_room(head)
+                if num_busy > _MOST_BUSY or not others_have_room:
+                    break
+            passed.add(head.adapter)
+        else:
+            # Nobody else waits: who comes next has not been held yet.
+            self._progress_s = now
+            self._held_s = {adapter: self._held_s[adapter] for adapter in passed}
+        return held
+
+    def _have_others_room(self, head: Ticket) -> bool:
+        """There would be room but for its adapter."""
+        return self._room.room_in_ms(replace(head, adapter="")) <= _NO_WAIT_MS
+
+    def _note_workers(self, adapter: str, room_ms: float, now: float) -> None:
+        if math.isinf(room_ms):
+            self._no_worker_s.setdefault(adapter, now)
+        else:
+            self._no_worker_s.pop(adapter, None)
+
+    def _note_all_workers(self, now: float) -> None:
+        """Of what nobody waits for too, where nobody waits at all or workers have changed."""
+        if self._have_workers_changed or not self._queue:
+            self._have_workers_changed = False
+            for adapter in ("", *self._no_worker_s):
+                self._note_workers(adapter, self._room.drain_ms(adapter), now)
 
     def _wait_ms(self, head: Ticket) -> float:
         """Predicted time until the head's band may use a worker's room; nan: not predicted."""
@@ -245,7 +296,7 @@ class FlowGate:
         band = self._queue.band_of(head)
         if not band.settings.hold_back:
             return 0.0
-        return max(0.0, self._room.drain_ms() - band.ceiling * self._queue.settings.lookahead_ms)
+        return max(0.0, self._room.drain_ms(head.adapter) - band.ceiling * self._queue.settings.lookahead_ms)
 
     def _reason(self, head: Ticket, wait_ms: float, now: float, is_boundary: bool) -> Release | None:
         """Why the head goes now, or None."""
@@ -256,7 +307,7 @@ class FlowGate:
             return Release.BOUNDARY if is_boundary else Release.ROOM
         if math.isinf(wait_ms):
             return None
-        if now >= self._progress_s + self._max_hold_s:
+        if now >= self._held_since_s(head) + self._max_hold_s:
             self._is_ahead = False
             return Release.MAX_HOLD
         if not self._is_ahead and head.latest_start_s - _SLO_MARGIN_S <= now <= head.latest_start_s:
@@ -265,7 +316,8 @@ class FlowGate:
         return None
 
     def _release(self, ticket: Ticket, reason: Release, now: float) -> None:
-        self._queue.pop(now)
+        self._queue.take(ticket, now)
+        self._held_s.pop(ticket.adapter, None)
         self._pace.released(now, was_backlog=len(self._queue) > 0)
         self._progress_s = now
         waiting = self._waiting[ticket]
@@ -274,17 +326,21 @@ class FlowGate:
         # Behind the released task's own step, so that the room is seen with it; a new arrival queues until then.
         self._soon = self._timers.call_soon(self._pass)
 
-    def _look_again(self, now: float, wait_ms: float, head: Ticket) -> None:
-        self._boundary_s = now + wait_ms / 1e3
-        slo_s = head.latest_start_s - _SLO_MARGIN_S
-        at = min(
-            self._boundary_s,
-            now + _RECHECK_S,
-            math.inf if self._is_ahead or slo_s <= now else slo_s,
-            self._give_up_s if math.isinf(wait_ms) else self._progress_s + self._max_hold_s,
-            self._queue.next_expiry_s or math.inf,
-        )
+    def _look_again(self, now: float, held: Mapping[Ticket, float]) -> None:
+        """When something may have come of the heads that wait, by their predicted waits."""
+        self._boundary_s = now + min(held.values()) / 1e3
+        at = min(self._boundary_s, now + _RECHECK_S, self._queue.next_expiry_s or math.inf)
+        for head, wait_ms in held.items():
+            slo_s = head.latest_start_s - _SLO_MARGIN_S
+            at = min(
+                at,
+                math.inf if self._is_ahead or slo_s <= now else slo_s,
+                self._give_up_s(head.adapter) if math.isinf(wait_ms) else self._held_since_s(head) + self._max_hold_s,
+            )
         self._timer = self._timers.call_at(at, self._pass)
+
+    def _held_since_s(self, head: Ticket) -> float:
+        return min(self._progress_s, self._held_s.get(head.adapter, math.inf))
 
     def _stop_timer(self) -> None:
         self._boundary_s = math.inf
@@ -297,11 +353,11 @@ class FlowGate:
         if not waiting.done():
             waiting.set_exception(error)
 
-    def _fail_all(self) -> None:
-        """No worker has taken work for as long as a head may be held."""
+    def _fail_all(self, adapter: str) -> None:
+        """No worker has taken work for as long as a head may be held; for an adapter, none of those that serve it."""
         for ticket, waiting in list(self._waiting.items()):
-            if not waiting.done() and self._queue.remove(ticket):
-                waiting.set_exception(self._no_worker())
+            if adapter in ("", ticket.adapter) and not waiting.done() and self._queue.remove(ticket):
+                waiting.set_exception(self._no_worker(ticket))
 
     def _expired(self, ticket: Ticket, now: float) -> OmniError:
         if now >= ticket.deadline_s:
@@ -310,8 +366,10 @@ class FlowGate:
         message = f"no worker had room within {self._queue.settings.ttl_s:g} s"
         return self._refusal(ResourceExhausted(message, reason="queue_ttl"), self._retry_after_s(ticket))
 
-    def _no_worker(self) -> OmniError:
+    def _no_worker(self, ticket: Ticket) -> OmniError:
         error = Unavailable("no worker takes work", reason="no_decode_worker")
+        if ticket.adapter and "" not in self._no_worker_s:
+            error = Unavailable(f"no worker serves the adapter {ticket.adapter!r} now", reason="no_adapter")
         return self._refusal(error, _NO_WORKER_RETRY_S)
 
     def _refusal(self, error: OmniError, retry_after_s: float) -> OmniError:
@@ -322,7 +380,7 @@ class FlowGate:
     def _retry_after_s(self, ticket: Ticket) -> float:
         """When the queue of today would be empty, at most its TTL."""
         gap_ms = self._pace.gap_ms(ticket.prefill_ms)
-        drain_ms = gap_ms * len(self._queue) + _finite(self._room.drain_ms())
+        drain_ms = gap_ms * len(self._queue) + _finite(self._room.drain_ms(ticket.adapter))
         return min(self._queue.settings.ttl_s, drain_ms / 1e3)
 
     def _turn(self, ticket: Ticket, offered_s: float, reason: Release, *, has_waited: bool) -> Turn:
@@ -345,10 +403,11 @@ class FlowGate:
         drain_ms, lookahead_ms = self._room.drain_ms(), self._queue.settings.lookahead_ms
         return drain_ms / lookahead_ms if lookahead_ms else float(drain_ms > 0)
 
-    @property
-    def _give_up_s(self) -> float:
-        """When those who wait are refused for want of any worker."""
-        return self._no_worker_s + max(self._max_hold_s, self._queue.settings.worker_wait_ms / 1e3)
+    def _give_up_s(self, adapter: str) -> float:
+        """When those who wait are refused for want of any worker that takes their work."""
+        return self._no_worker_s.get(adapter, math.inf) + max(
+            self._max_hold_s, self._queue.settings.worker_wait_ms / 1e3
+        )
 
     @property
     def _max_hold_s(self) -> float:

@@ -2,6 +2,7 @@
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from omni_proxy.flow.orders import Key, Place
@@ -26,6 +27,37 @@ class Entry:
 
 
 @dataclass(slots=True, eq=False)
+class Line:
+    """A lane's requests of one adapter."""
+
+    by_age: OrderedDict[int, Entry] = field(default_factory=OrderedDict)
+    _by_key: list[tuple[Key, int, Entry]] = field(default_factory=list)
+    _hopeless: list[tuple[Key, int, Entry]] = field(default_factory=list)
+
+    def add(self, entry: Entry) -> None:
+        self.by_age[entry.seq] = entry
+        heapq.heappush(self._by_key, (entry.place.key, entry.seq, entry))
+
+    def head(self, now: float) -> tuple[bool, Key, int, Entry]:
+        """Whether it is hopeless, its place, and the entry the order puts first; the line is not empty."""
+        while entry := _live_top(self._by_key):
+            if entry.place.hopeless_from_s >= now:
+                return False, *self._by_key[0]
+            heapq.heappush(self._hopeless, heapq.heappop(self._by_key))
+        _live_top(self._hopeless)
+        return True, *self._hopeless[0]
+
+    def drop(self, entry: Entry) -> None:
+        """Amortised O(log n): heaps are rebuilt when most of what they hold has ended."""
+        del self.by_age[entry.seq]
+        if len(self._by_key) + len(self._hopeless) > 2 * len(self.by_age) + _SLACK:
+            self._by_key = [item for item in self._by_key if item[2].lane is not None]
+            self._hopeless = [item for item in self._hopeless if item[2].lane is not None]
+            heapq.heapify(self._by_key)
+            heapq.heapify(self._hopeless)
+
+
+@dataclass(slots=True, eq=False)
 class Lane:
     """`attained` is the service its tenant has had, on the scale of the band."""
 
@@ -38,12 +70,12 @@ class Lane:
     """Of its valid place among the lanes of the band."""
     releases: int = 0
     size_bytes: int = 0
-    _by_key: list[tuple[Key, int, Entry]] = field(default_factory=list)
-    _hopeless: list[tuple[Key, int, Entry]] = field(default_factory=list)
-    _by_age: OrderedDict[int, Entry] = field(default_factory=OrderedDict)
+    _waiting: int = 0
+    _lines: dict[str, Line] = field(default_factory=dict)
+    """By adapter; none is empty."""
 
     def __len__(self) -> int:
-        return len(self._by_age)
+        return self._waiting
 
     @property
     def level(self) -> float:
@@ -53,34 +85,32 @@ class Lane:
         entry.lane = self
         self.weight = entry.ticket.weight
         self.size_bytes += entry.ticket.size_bytes
-        self._by_age[entry.seq] = entry
-        heapq.heappush(self._by_key, (entry.place.key, entry.seq, entry))
+        self._waiting += 1
+        self._lines.setdefault(entry.ticket.adapter, Line()).add(entry)
 
-    def head(self, now: float) -> Entry:
-        """The entry whose turn it is; the lane is not empty."""
+    def waits_beside(self, passed: Set[str]) -> bool:
+        """Something waits whose adapter is not passed over."""
+        return not self._lines.keys() <= passed
+
+    def head(self, now: float, passed: Set[str] = frozenset()) -> Entry:
+        """The entry whose turn it is among those that are not passed over, of which there is one."""
+        lines = [*self._lines.values()]
+        if passed:
+            lines = [line for adapter, line in self._lines.items() if adapter not in passed]
         if self.releases % AGING_EVERY == AGING_EVERY - 1:
-            oldest = next(iter(self._by_age.values()))
+            oldest = min((next(iter(line.by_age.values())) for line in lines), key=lambda entry: entry.seq)
             if oldest.ages_s <= now:
                 return oldest
-        while entry := _live_top(self._by_key):
-            if entry.place.hopeless_from_s >= now:
-                return entry
-            key, seq, _ = heapq.heappop(self._by_key)
-            heapq.heappush(self._hopeless, (key, seq, entry))
-        entry = _live_top(self._hopeless)
-        assert entry is not None
-        return entry
+        return lines[0].head(now)[-1] if len(lines) == 1 else min(line.head(now) for line in lines)[-1]
 
     def drop(self, entry: Entry) -> None:
-        """Amortised O(log n): heaps are rebuilt when most of what they hold has ended."""
         entry.lane = None
         self.size_bytes -= entry.ticket.size_bytes
-        del self._by_age[entry.seq]
-        if len(self._by_key) + len(self._hopeless) > 2 * len(self) + _SLACK:
-            self._by_key = [item for item in self._by_key if item[2].lane is not None]
-            self._hopeless = [item for item in self._hopeless if item[2].lane is not None]
-            heapq.heapify(self._by_key)
-            heapq.heapify(self._hopeless)
+        self._waiting -= 1
+        line = self._lines[entry.ticket.adapter]
+        line.drop(entry)
+        if not line.by_age:
+            del self._lines[entry.ticket.adapter]
 
 
 def _live_top(heap: list[tuple[Key, int, Entry]]) -> Entry | None:

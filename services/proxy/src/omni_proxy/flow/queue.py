@@ -11,7 +11,7 @@ Pure: the clock is passed in. Offering, taking and removing cost O(log n) amorti
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from omni_common.errors import ResourceExhausted
 from omni_proxy.flow.band import Band
@@ -75,12 +75,16 @@ class FlowQueue:
         heapq.heappush(self._expiries, (expires_s, entry.seq, entry))
         return displaced
 
-    def head(self, now: float) -> Ticket | None:
-        """The ticket whose turn it is."""
+    def head(self, now: float, passed: Set[str] = frozenset()) -> Ticket | None:
+        """The ticket whose turn it is, those left out whose adapters are `passed`."""
         for band in self._bands:
-            if (entry := band.head(now)) is not None:
+            if (entry := band.head(now, passed)) is not None:
                 return entry.ticket
         return None
+
+    def take(self, ticket: Ticket, now: float) -> None:
+        """It has its turn: it leaves, and its tenant is charged."""
+        self.band_of(ticket).release(self._forget(ticket), now)
 
     def pop(self, now: float, saturation: float = 0.0) -> Ticket | None:
         """Take the head and charge its tenant; None while its band has to hold back.
@@ -93,7 +97,7 @@ class FlowQueue:
         band = self.band_of(ticket)
         if band.settings.hold_back and saturation >= band.ceiling:
             return None
-        band.release(self._forget(ticket), now)
+        self.take(ticket, now)
         return ticket
 
     def remove(self, ticket: Ticket) -> bool:

@@ -30,6 +30,8 @@ class Ticket:
     ttft_slo_ms: float | None = None
     itl_slo_ms: float | None = None
     prefill_ms: float = 0.0
+    adapter: str = ""
+    """LoRA adapter that its workers have to serve; empty: any worker does."""
 
     @property
     def ttft_deadline_s(self) -> float:

@@ -1,10 +1,11 @@
 """The default policy: one predicted cost in milliseconds for every way to run a request, and the least of them.
 
-    pair   queue(p) + load(p) + prefill(p) + transfer(p, d) + seat(d) + decode(d)
-    alone  queue(d) + load(d) + prefill(d)                  + seat(d) + decode(d)
+    pair   queue(p) + load(p) + adapter(p) + prefill(p) + transfer(p, d) + adapter(d) + seat(d) + decode(d)
+    alone  queue(d) + load(d) + adapter(d) + prefill(d)                               + seat(d) + decode(d)
 
 `decode` is what the next `horizon_tokens` gaps take. A cached prefix counts for the milliseconds it saves, so requests
-stick to theirs as far as it pays, and no further.
+stick to theirs as far as it pays, and no further. `adapter` is what it takes to bring the request's LoRA adapter into a
+slot, `adapter_weight` times: the sequences in that step wait as well, and what it pushes out of the slot comes back.
 
 Ways that would break the inter-token SLO, of this sequence or of those already running on the worker, are taken only
 where there is no other, and those that would break both last of all: a decode worker whose steps are too long is not
@@ -46,6 +47,9 @@ class CostParameters(Parameters):
         0, ge=0, description="Fewer uncached tokens are never prefilled apart; null: none are"
     )
     max_prefills: int = Field(8, ge=1, description="Of the cheapest, to be paired with every decode worker")
+    adapter_weight: float = Field(
+        4.0, ge=0, description="What bringing an adapter into a slot costs, in times of how long it takes"
+    )
     alike: float = Field(
         0.05, ge=0, le=1, description="Learned times of decode workers that differ by so little are equal"
     )
@@ -75,9 +79,9 @@ class CostPolicy:
         seats = self._seats(request, view, decodes)
         if not request.may_prefill:
             return self._continued(request, view, seats)
-        first_ms = view.times.queue_ms + view.load_ms + view.times.prefill_ms
+        first_ms = self._waiting_ms(request, view) + view.times.prefill_ms
         alone, best_alone = self._alone(request, view, seats, first_ms)
-        pair = self._pair(view, prefills, seats, first_ms)
+        pair = self._pair(request, view, prefills, seats, first_ms)
         least, row = self._parameters.disaggregate_min_tokens, int(decodes[best_alone])
         is_short = least is None or self._uncached(request, view, row) < least
         if pair is None or is_short:
@@ -112,9 +116,11 @@ class CostPolicy:
             "step_ms": times.step_ms,
             "stall_ms": times.stall_ms,
         }
+        if request.adapter:
+            terms["adapter_ms"] = self._adapter_ms(view)
         after_ms = seats.after_ms + penalty
         costs = LegCosts(rows, first_ms[rows] + after_ms, Taken(rows, terms))
-        waiting_ms = (times.queue_ms + view.load_ms)[rows] + after_ms
+        waiting_ms = self._waiting_ms(request, view)[rows] + after_ms
         return costs, self._freest(view, rows, costs.value, waiting_ms, times.prefill_ms[rows])
 
     def _stalls(self, request: SchedulingRequest, view: FleetView, decodes: Rows) -> Bools:
@@ -128,7 +134,7 @@ class CostPolicy:
         return (mean_ms > slo_ms) | (stall_ms > parameters.stall_steps * slo_ms)
 
     def _pair(
-        self, view: FleetView, prefills: Rows, seats: _Seats, first_ms: Floats
+        self, request: SchedulingRequest, view: FleetView, prefills: Rows, seats: _Seats, first_ms: Floats
     ) -> tuple[LegCosts, LegCosts, int, int, float] | None:
         """Costs of both legs, the cheapest pair's rows, and its transfer; None where no two can pair."""
         times, decodes, most = view.times, seats.rows, self._parameters.max_prefills
@@ -143,6 +149,8 @@ class CostPolicy:
             rows, can = rows[nearest], can[nearest]
         transfer_ms = times.transfer_ms(rows, decodes)
         after_ms = seats.after_ms + seats.penalty
+        if request.adapter:
+            after_ms = after_ms + self._adapter_ms(view)[decodes]
         p, value = cheapest_pair(first_ms[rows], after_ms, transfer_ms, can)
         handoff_ms = np.where(can[p], transfer_ms[p] + after_ms, np.inf)
         d = self._freest(view, decodes, handoff_ms, after_ms, transfer_ms[p])
@@ -157,6 +165,9 @@ class CostPolicy:
             "seat_ms": times.seat_ms[decodes],
             "step_ms": times.step_ms[decodes],
         }
+        if request.adapter:
+            first["adapter_ms"] = adapter_ms = self._adapter_ms(view)
+            second["adapter_ms"] = adapter_ms[decodes]
         return (
             LegCosts(rows, value, Taken(rows, first)),
             LegCosts(decodes, handoff_ms, second),
@@ -164,6 +175,14 @@ class CostPolicy:
             int(decodes[d]),
             float(transfer_ms[p, d]),
         )
+
+    def _waiting_ms(self, request: SchedulingRequest, view: FleetView) -> Floats:
+        """What each worker costs before it begins to compute the prompt."""
+        waiting_ms = view.times.queue_ms + view.load_ms
+        return waiting_ms + self._adapter_ms(view) if request.adapter else waiting_ms
+
+    def _adapter_ms(self, view: FleetView) -> Floats:
+        return self._parameters.adapter_weight * view.adapter_ms
 
     def _freest(self, view: FleetView, rows: Rows, cost: Floats, known_ms: Floats, learned_ms: Floats) -> int:
         """Position of the cheapest, or of one like it with fewer sequences; see the module."""
@@ -187,6 +206,9 @@ class CostPolicy:
             terms = {"first_ms": first_ms}
         terms |= {"seat_ms": times.seat_ms[rows], "step_ms": times.step_ms[rows]}
         after_ms = seats.after_ms + seats.penalty
+        if request.adapter:
+            terms["adapter_ms"] = adapter_ms = self._adapter_ms(view)[rows]
+            after_ms = after_ms + adapter_ms
         costs = LegCosts(rows, np.where(pulls, transfer_ms, first_ms) + after_ms, terms)
         known_ms, learned_ms = after_ms + np.where(pulls, 0.0, waiting_ms), np.where(pulls, transfer_ms, computing_ms)
         best = self._freest(view, rows, costs.value, known_ms, learned_ms)

@@ -70,11 +70,12 @@ class Prediction:
     transfer_ms: float = 0.0
     step_ms: float = 0.0
     confidence: float = 0.0
+    adapter_ms: float = 0.0
 
     @property
     def ttft_ms(self) -> float:
         """From dispatch to the first token; the handoff to decode comes after it."""
-        return self.queue_ms + self.prefill_ms
+        return self.queue_ms + self.adapter_ms + self.prefill_ms
 
 
 NO_PREDICTION = Prediction()
@@ -91,6 +92,7 @@ def foreseen(
         transfer_ms=transfer_ms,
         step_ms=float(times.step_ms[decode]),
         confidence=float(times.confidence[computing]),
+        adapter_ms=float(view.adapter_ms[computing]),
     )
 
 
@@ -111,12 +113,16 @@ class Decision:
     alone_costs: LegCosts = NO_COSTS
     """Of decode that computes the prompt itself, in the unit of `prefill_costs`."""
     prediction: Prediction = NO_PREDICTION
+    adapter: str = ""
+    """Of the request; empty: the model itself."""
 
     def explained(self, limit: int | None = None) -> dict[str, Any]:
         """For people: the choice and its candidates, cheapest first, at most `limit` of each leg."""
         legs = {"prefill": self.prefill_costs, "decode": self.decode_costs, "alone": self.alone_costs}
+        of_adapter = {"adapter_ms": round(self.prediction.adapter_ms, 3)} if self.adapter else {}
         return {
             "policy": self.policy,
+            **({"adapter": self.adapter} if self.adapter else {}),
             "prefill": self.prefill,
             "decode": self.decode,
             "reason": str(self.reason),
@@ -128,6 +134,7 @@ class Decision:
                 "transfer_ms": round(self.prediction.transfer_ms, 3),
                 "step_ms": round(self.prediction.step_ms, 3),
                 "confidence": round(self.prediction.confidence, 3),
+                **of_adapter,
             },
             "candidates": {name: _ranked(self.ids, costs, limit) for name, costs in legs.items() if len(costs.rows)},
         }
@@ -153,6 +160,14 @@ def _told(cost: float) -> dict[str, Any]:
     return {"cost": round(within, 3)} | ({"tier": int(tier)} if tier > 0 else {})
 
 
+def nobody_takes(adapter: str, retry_after_s: float) -> Unavailable:
+    """No decode worker takes work; for an adapter, none of those that serve it."""
+    if not adapter:
+        return Unavailable("no decode worker takes work", reason="no_decode_worker", retry_after_s=retry_after_s)
+    message = f"no decode worker that serves the adapter {adapter!r} takes work"
+    return Unavailable(message, reason="no_adapter", retry_after_s=retry_after_s)
+
+
 def eligible(request: SchedulingRequest, view: FleetView) -> tuple[Rows, Rows]:
     """Rows that may prefill and rows that may decode, the excluded left out.
 
@@ -167,7 +182,7 @@ def eligible(request: SchedulingRequest, view: FleetView) -> tuple[Rows, Rows]:
         prefilling, decoding = prefilling & allowed, decoding & allowed
     decodes = np.flatnonzero(decoding)
     if not len(decodes):
-        raise Unavailable("no decode worker takes work", reason="no_decode_worker", retry_after_s=RETRY_AFTER_S)
+        raise nobody_takes(request.adapter, RETRY_AFTER_S)
     if request.kv_connector:
         pulling = [row for row in decodes if view.connectors[row] == request.kv_connector]
         decodes = np.array(pulling, np.intp) if pulling else decodes

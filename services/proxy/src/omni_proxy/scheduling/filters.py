@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from omni_proxy.scheduling.interfaces import Filter
-from omni_proxy.scheduling.labels import CLOSENESS, Closeness, Labels, LengthRanges, PerFleet, adapters_of
+from omni_proxy.scheduling.labels import CLOSENESS, Closeness, Labels, LengthRanges, PerFleet
 from omni_proxy.scheduling.plugins import NoParameters, Parameters, Plugin, table
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import Bools, FleetView
@@ -190,7 +190,7 @@ class SloHeadroom:
         share, times = 1.0 - self.parameters.margin, view.times
         kept = np.ones(len(view), np.bool_)
         if request.slo.ttft_ms is not None and request.may_prefill:
-            ttft_ms = request.waited_ms + times.queue_ms + view.load_ms + times.prefill_ms
+            ttft_ms = request.waited_ms + times.queue_ms + view.load_ms + view.adapter_ms + times.prefill_ms
             kept &= (ttft_ms <= share * request.slo.ttft_ms) | ~view.prefills
         if request.slo.itl_ms is not None:
             kept &= (times.step_ms <= share * request.slo.itl_ms) | ~view.decodes
@@ -198,15 +198,10 @@ class SloHeadroom:
 
 
 class Lora:
-    """Workers that have the request's adapter loaded; all for the base model."""
-
-    def __init__(self, parameters: NoParameters) -> None:
-        self._adapters = PerFleet(adapters_of)
+    """Workers that have the request's adapter in a slot; all for the model itself."""
 
     def keep(self, request: SchedulingRequest, view: FleetView) -> Bools:
-        if not request.adapter:
-            return np.ones(len(view), np.bool_)
-        return np.array([request.adapter in loaded for loaded in self._adapters.of(view)], np.bool_)
+        return view.has_adapter
 
 
 class LengthRangeParameters(Parameters):
@@ -261,7 +256,7 @@ FILTERS: Mapping[str, Plugin[Filter]] = {
     "utilization": Plugin(UtilizationParameters, Utilization),
     "prefix_affinity": Plugin(PrefixAffinityParameters, PrefixAffinity),
     "slo_headroom": Plugin(SloHeadroomParameters, SloHeadroom),
-    "lora": Plugin(NoParameters, Lora),
+    "lora": Plugin(NoParameters, lambda _: Lora()),
     "length_range": Plugin(LengthRangeParameters, LengthRange),
     "kv_room": Plugin(KvRoomParameters, KvRoom),
 }

@@ -1,7 +1,6 @@
-"""Workers' labels as columns: where a worker stands, which adapters and which prompt lengths it serves.
+"""Workers' labels as columns: where a worker stands, and which prompt lengths it serves.
 
 omni.host, omni.rack, omni.zone, omni.region   names unique in the fleet
-omni.adapters                                  LoRA adapters it has loaded, with commas
 omni.prompt_tokens                             prompts it is for: "0-4096", "4096-"; the upper end is not included
 """
 
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 
 from omni_proxy.scheduling.view import Bools, FleetView, Floats, Ints
 
-ADAPTERS = "omni.adapters"
 PROMPT_TOKENS = "omni.prompt_tokens"
 CLOSENESS: Mapping[str, float] = {"omni.host": 1.0, "omni.rack": 0.2, "omni.zone": 0.05, "omni.region": 0.02}
 """How close two workers are that share a label; the greatest that applies counts."""
@@ -87,10 +85,6 @@ class LengthRanges:
                 bucket = place * buckets // len(share)
                 ranges[row] = self._edges[bucket], self._edges[bucket + 1]
         return ranges
-
-
-def adapters_of(labels: Labels) -> list[frozenset[str]]:
-    return [frozenset(part.strip() for part in own.get(ADAPTERS, "").split(",")) for own in labels]
 
 
 def _codes(words: Sequence[str]) -> list[int]:

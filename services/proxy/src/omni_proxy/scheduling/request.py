@@ -34,7 +34,7 @@ class SchedulingRequest:
     session: str = ""
     """Equal for requests of one conversation or agent; empty where the client named none."""
     adapter: str = ""
-    """LoRA adapter; empty: the base model."""
+    """LoRA adapter; empty: the model itself."""
     tenant: str = ""
     priority: int = 0
 

@@ -14,7 +14,6 @@ from omni_proxy.scheduling.view import FixedTimes, FleetView, WorkerRow, view_of
 
 _HOSTS, _ZONES = 5, 2
 _RANGES = ("", "0-1000", "1000-", "nonsense")
-_ADAPTERS = ("", "a", "b", "a, b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,13 @@ def samples(seed: int, count: int) -> Iterator[Sample]:
     draw = random.Random(seed)
     for _ in range(count):
         view = view_of([_row(draw, number) for number in range(draw.randrange(13))], pair_ms=draw.choice([0.0, 5.0]))
-        yield Sample(_request(draw, view), view)
+        request = _request(draw, view)
+        yield Sample(request, view if request.adapter else _of_the_model(view))
+
+
+def _of_the_model(view: FleetView) -> FleetView:
+    """As it is for a request that names no adapter."""
+    return replace(view, has_adapter=np.ones(len(view), np.bool_), adapter_ms=np.zeros(len(view)))
 
 
 def large_sample(size: int) -> Sample:
@@ -82,7 +87,7 @@ def _array_names(value: FleetView | FixedTimes) -> list[str]:
 
 
 def _row(draw: random.Random, number: int) -> WorkerRow:
-    some = draw.choice([0, 0, 1, 3, 40])
+    some, has_adapter = draw.choice([0, 0, 1, 3, 40]), draw.random() < 0.5
     is_large = draw.random() < 0.5
     return WorkerRow(
         f"w{(number * 7919) % 1009:04}-{number}",
@@ -95,6 +100,8 @@ def _row(draw: random.Random, number: int) -> WorkerRow:
         expected_tokens=draw.choice([0, 64]),
         loadable_tokens=draw.choice([0, 512]),
         load_ms=draw.choice([0.0, 12.5]),
+        has_adapter=has_adapter,
+        adapter_ms=0.0 if has_adapter else draw.choice([0.0, 30.0]),
         own_requests=some,
         own_prefills=min(some, draw.randrange(4)),
         own_uncached_tokens=some * draw.randrange(4000),
@@ -122,7 +129,6 @@ def _labels(draw: random.Random) -> dict[str, str]:
     labels = {
         "omni.host": f"h{draw.randrange(_HOSTS)}",
         "omni.zone": f"z{draw.randrange(_ZONES)}",
-        "omni.adapters": draw.choice(_ADAPTERS),
         "omni.prompt_tokens": draw.choice(_RANGES),
     }
     return {key: value for key, value in labels.items() if draw.random() < 0.7}

@@ -10,7 +10,7 @@ from pydantic import Field
 from omni_proxy.scheduling import hashing
 from omni_proxy.scheduling.decision import Decision
 from omni_proxy.scheduling.interfaces import Scorer
-from omni_proxy.scheduling.labels import CLOSENESS, Closeness, PerFleet, adapters_of
+from omni_proxy.scheduling.labels import CLOSENESS, Closeness
 from omni_proxy.scheduling.plugins import NoParameters, Parameters, Plugin, table
 from omni_proxy.scheduling.request import SchedulingRequest
 from omni_proxy.scheduling.view import FleetView, Floats, Ints
@@ -122,15 +122,10 @@ class Topology:
 
 
 class Lora:
-    """1 where the request's adapter is loaded; for the base model all are alike."""
-
-    def __init__(self, parameters: NoParameters) -> None:
-        self._adapters = PerFleet(adapters_of)
+    """1 where the request's adapter is in a slot; for the model itself all are alike."""
 
     def score(self, request: SchedulingRequest, view: FleetView) -> Floats:
-        if not request.adapter:
-            return np.ones(len(view))
-        return np.array([request.adapter in loaded for loaded in self._adapters.of(view)], np.float64)
+        return view.has_adapter.astype(np.float64)
 
 
 class NoHitLruParameters(Parameters):
@@ -178,11 +173,11 @@ SCORERS: Mapping[str, Plugin[Scorer]] = {
     "prefix": Plugin(PrefixParameters, Prefix),
     "token_load": Plugin(TokenLoadParameters, TokenLoad),
     "active_requests": Plugin(ActiveRequestsParameters, ActiveRequests),
-    "predicted_ttft": _of(lambda _, view: view.times.queue_ms + view.load_ms + view.times.prefill_ms),
+    "predicted_ttft": _of(lambda _, view: view.times.queue_ms + view.load_ms + view.adapter_ms + view.times.prefill_ms),
     "predicted_itl": _of(lambda _, view: view.times.step_ms),
     "session": Plugin(NoParameters, lambda _: Session()),
     "topology": Plugin(TopologyParameters, Topology),
-    "lora": Plugin(NoParameters, Lora),
+    "lora": Plugin(NoParameters, lambda _: Lora()),
     "no_hit_lru": Plugin(NoHitLruParameters, NoHitLru),
 }
 

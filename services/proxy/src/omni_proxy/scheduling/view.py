@@ -91,6 +91,10 @@ class FleetView:
     expected_tokens: Ints
     loadable_tokens: Ints
     load_ms: Floats
+    has_adapter: Bools
+    """The request's adapter is in a slot; all true for the model itself."""
+    adapter_ms: Floats
+    """Bringing it into one; 0 where it is, or where nothing is known."""
     own_requests: Ints
     """Legs in flight."""
     own_prefills: Ints
@@ -181,6 +185,8 @@ class WorkerRow:
     expected_tokens: int = 0
     loadable_tokens: int = 0
     load_ms: float = 0.0
+    has_adapter: bool = True
+    adapter_ms: float = 0.0
     own_requests: int = 0
     own_prefills: int = 0
     own_uncached_tokens: int = 0
@@ -206,8 +212,8 @@ class WorkerRow:
 def view_of(rows: Sequence[WorkerRow], pair_ms: float = 0.0) -> FleetView:
     """A view of hand-made rows; every pair's transfer lasts `pair_ms`."""
     given = {"ids", "pairing", "labels", "times"}
-    kinds: Mapping[str, Any] = {"prefills": np.bool_, "decodes": np.bool_, "load_ms": np.float64}
-    kinds = {**kinds, "kv_usage": np.float64, "stats_age_s": np.float64}
+    bools, floats = ("prefills", "decodes", "has_adapter"), ("load_ms", "adapter_ms", "kv_usage", "stats_age_s")
+    kinds: Mapping[str, Any] = dict.fromkeys(bools, np.bool_) | dict.fromkeys(floats, np.float64)
 
     def column(name: str, kind: Any) -> Any:
         return np.array([getattr(row, name) for row in rows], kind)

@@ -1,9 +1,9 @@
-"""Policies that follow workers' labels as far as load allows: one of another kind counts as so much more loaded."""
+"""Policies that follow what workers are as far as load allows: one of another kind counts as so much more loaded."""
 
 import numpy as np
 from pydantic import Field
 
-from omni_proxy.scheduling.labels import CLOSENESS, Closeness, LengthRanges, PerFleet, adapters_of
+from omni_proxy.scheduling.labels import CLOSENESS, Closeness, LengthRanges
 from omni_proxy.scheduling.policies.legs import ByLeg, PairParameters, Ranking
 from omni_proxy.scheduling.policies.load import sequences, tokens_to_compute
 from omni_proxy.scheduling.request import SchedulingRequest
@@ -38,8 +38,10 @@ class NearPrefill:
 
 
 class LoraParameters(PairParameters):
-    miss_sequences: float = Field(4.0, ge=0, description="Sequences that loading the adapter counts as")
-    miss_tokens: float = Field(4096.0, ge=0, description="Prompt tokens that loading the adapter counts as")
+    miss_sequences: float = Field(4.0, ge=0, description="Sequences that bringing the adapter into a slot counts as")
+    miss_tokens: float = Field(
+        4096.0, ge=0, description="Prompt tokens that bringing the adapter into a slot counts as"
+    )
 
 
 def lora_affinity(parameters: LoraParameters) -> ByLeg:
@@ -48,27 +50,20 @@ def lora_affinity(parameters: LoraParameters) -> ByLeg:
 
 
 class AdapterLoaded:
-    """Workers that have the request's adapter; for the base model, load alone."""
+    """Workers that have the request's adapter in a slot; for the model itself, load alone."""
 
     def __init__(self, parameters: LoraParameters) -> None:
         self._parameters = parameters
-        self._adapters = PerFleet(adapters_of)
 
     def prefill(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Ranking:
-        missing = self._missing(request, view, rows)
+        missing = _without_adapter(view, rows)
         load = tokens_to_compute(request, view, rows)
         return _penalised(load, self._parameters.miss_tokens * missing, loaded=1.0 - missing)
 
     def decode(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Ranking:
-        missing = self._missing(request, view, rows)
+        missing = _without_adapter(view, rows)
         load = sequences(request, view, rows)
         return _penalised(load, self._parameters.miss_sequences * missing, loaded=1.0 - missing)
-
-    def _missing(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Floats:
-        if not request.adapter:
-            return np.zeros(len(rows))
-        adapters = self._adapters.of(view)
-        return np.array([request.adapter not in adapters[row] for row in rows], np.float64)
 
 
 class LengthBucketParameters(PairParameters):
@@ -104,6 +99,10 @@ class FittingLength:
     def _misfit(self, request: SchedulingRequest, view: FleetView, rows: Rows) -> Floats:
         fits = self._ranges.contain(view, request.prompt_tokens)
         return (~fits[rows]).astype(np.float64)
+
+
+def _without_adapter(view: FleetView, rows: Rows) -> Floats:
+    return (~view.has_adapter[rows]).astype(np.float64)
 
 
 def _penalised(load: Ranking, penalty: Floats, **term: Floats) -> Ranking:
