@@ -48,7 +48,7 @@ class _Keys:
     def __init__(self, keys: bytes) -> None:
         self._keys = keys
 
-    def of(self, prompt: Sequence[int], block_size: int, salt: str = "") -> bytes:
+    def of(self, prompt: Sequence[int], block_size: int, salt: str = "", adapter: str = "") -> bytes:
         return self._keys
 
 

@@ -68,7 +68,7 @@ PRODUCT = (
     _product("cost/true", "cost, given the engines' constants", learns=False, priors=true_priors()),
 )
 OTHERS = tuple(_plain(name) for name in POLICIES if name not in ("cost", "lora_affinity", "topology"))
-"""`lora_affinity` and `topology` need labels that this fleet has not; they would be `least_uncached_tokens`."""
+"""`topology` needs labels that this fleet has not, `lora_affinity` adapters; they would be `least_uncached_tokens`."""
 HELD = tuple(
     replace(_plain(name), name=f"{name}/hold", title=f"{name} with cost's hold and order", flow=held(), rival=False)
     for name in ("round_robin", "least_uncached_tokens")

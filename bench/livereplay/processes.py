@@ -39,6 +39,9 @@ class Shape:
     engine: str = "vllm"
     sim: Mapping[str, float] = field(default_factory=dict)
     """Times of simulated engines, by the names of their settings."""
+    adapters: Sequence[str] = ()
+    """Names, of simulated engines."""
+    adapter_slots: int = 0
 
     @property
     def title(self) -> str:
@@ -47,10 +50,12 @@ class Shape:
     @property
     def environment(self) -> Mapping[str, str]:
         if self.engine != "vllm":
+            values = {f"TIMING__{name.upper()}": value for name, value in self.sim.items()}
+            values |= {"ADAPTER_SLOTS": self.adapter_slots} if self.adapters else {}
             return {
-                f"OMNI_{role}_SIM__TIMING__{name.upper()}": str(value)
+                f"OMNI_{role}_SIM__{name}": str(value)
                 for role in ("PREFILL", "DECODE")
-                for name, value in self.sim.items()
+                for name, value in values.items()
             }
         each = {"PREFILL": self.prefill_kv_gib, "DECODE": self.decode_kv_gib}
         return {
@@ -79,6 +84,7 @@ def engines(shape: Shape, home: Path) -> Iterator[Engines]:
     command = [str(_OMNI), "up", "--detach", "--no-ask", "--name", name, "--port", str(free_port()), *at]
     command += ["--model", str(shape.model_dir), "--prefill", str(shape.prefill), "--decode", str(shape.decode)]
     command += ["--engine", shape.engine, "--max-model-len", str(shape.max_model_len)]
+    command += [f"--adapter={adapter}={home}" for adapter in shape.adapters]
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("OMNI_", "VLLM_"))}
     try:
         up = subprocess.run(command, env={**environ, **shape.environment}, capture_output=True, text=True, check=False)

@@ -11,6 +11,7 @@ from omni_cli import doctor, logfiles, main
 from omni_cli.errors import InvalidOptions, NoSuchStack
 from omni_cli.facts import Facts, read_constraints
 from omni_cli.main import app
+from omni_cli.options import adapter_folders
 from omni_cli.probes import Phase
 from omni_cli.state import StackState, StateFiles
 from omni_cli.status import ServiceStatus, StackStatus
@@ -241,3 +242,23 @@ def test_logs_of_a_stopped_stack(tmp_path):
     for arguments in ((), ("--name", "p3")):
         refused = run("logs", *arguments, "--home", str(tmp_path)).exception
         assert isinstance(refused, NoSuchStack) and "p1, p2" in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        pytest.param(["sql"], "write NAME=FOLDER", id="no folder"),
+        pytest.param(["=adapters/sql"], "write NAME=FOLDER", id="no name"),
+        pytest.param(["sql=a", "sql=b"], "given twice", id="twice"),
+    ],
+)
+def test_adapters_are_names_and_folders(given, says):
+    with pytest.raises(InvalidOptions, match=says):
+        adapter_folders(given)
+
+
+def test_an_adapter_without_its_configuration_is_refused_before_anything_starts(tmp_path):
+    result = run("up", "--adapter", f"sql={tmp_path}", "--home", str(tmp_path))
+    assert isinstance(result.exception, InvalidOptions)
+    assert "--adapter sql" in str(result.exception) and "adapter_config.json" in str(result.exception)
+    assert not list(StateFiles(tmp_path).all())

@@ -78,6 +78,13 @@ def test_default_stack_is_the_five_services_in_order():
         ),
         pytest.param({"speculative": "mtp:2"}, "decode-0", "OMNI_DECODE_VLLM__SPECULATIVE", "mtp:2", id="drafts"),
         pytest.param({"speculative": "auto"}, "prefill-0", "OMNI_PREFILL_VLLM__SPECULATIVE", "auto", id="prefill's"),
+        pytest.param(
+            {"adapters": {"sql": Path("/a/sql")}},
+            "decode-0",
+            "OMNI_DECODE_ADAPTERS",
+            '{"sql": "/a/sql"}',
+            id="adapters",
+        ),
         pytest.param({"otlp_endpoint": "http://c:1"}, "proxy", "OMNI_PROXY_OTLP_ENDPOINT", "http://c:1", id="otlp"),
     ],
 )

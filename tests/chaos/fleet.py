@@ -2,7 +2,8 @@
 
 python tests/chaos/fleet.py --workers 100 --seconds 600 --seed 7 --json fleet.json
 
-What each request must answer is known beforehand: simulated tokens are a function of the prompt alone.
+What each request must answer is known beforehand: simulated tokens are a function of prompt and adapter alone. Half of
+the requests name an adapter; each worker serves two of the three, one of them at a time.
 """
 
 import argparse
@@ -51,6 +52,7 @@ from omni_proxy.tracing import RequestTrace  # noqa: E402
 from omni_proxy.worker import Role  # noqa: E402
 
 MODEL = "sim"
+ADAPTERS = ("poet", "sql", "summary")
 REQUEST_TIMEOUT_S = 120.0
 QUIET_S = 60
 LASTS_S = (0.5, 12.0)
@@ -61,7 +63,8 @@ SETTINGS = SimSettings(
     max_model_len=4096,
     mean_output_tokens=150,
     lease_s=10,
-    timing=Timing(prefill_base_ms=20, prefill_token_ms=0.2, step_base_ms=20, step_sequence_ms=0.5),
+    adapter_slots=1,
+    timing=Timing(prefill_base_ms=20, prefill_token_ms=0.2, step_base_ms=20, step_sequence_ms=0.5, adapter_load_ms=30),
 )
 
 
@@ -107,7 +110,10 @@ class FleetChaos:
         )
         half = scenario.workers // 2
         roles = [Role.PREFILL] * half + [Role.DECODE] * (scenario.workers - half)
-        self.workers = [SimWorker(f"w{i}", role, MODEL, SETTINGS, self.fleet) for i, role in enumerate(roles)]
+        self.workers = [
+            SimWorker(f"w{i}", role, MODEL, SETTINGS, self.fleet, [a for a in ADAPTERS if a != ADAPTERS[i % 3]])
+            for i, role in enumerate(roles)
+        ]
         self.result = Result()
 
     async def run(self) -> Result:
@@ -138,13 +144,16 @@ class FleetChaos:
                 seed = number if number % 4 == 0 else None
                 sampling = Sampling(rng.randrange(1, 200), temperature=float(seed is not None), seed=seed)
                 leaves_s = rng.uniform(0.0, 3.0) if rng.random() < self._scenario.abandoned else None
-                group.create_task(self._request(f"r{number}", prompt, sampling, leaves_s))
+                adapter = rng.choice(ADAPTERS) if rng.random() < 0.5 else ""
+                group.create_task(self._request(f"r{number}", prompt, sampling, leaves_s, adapter))
                 number += 1
                 await asyncio.sleep(rng.expovariate(self._scenario.rate))
 
-    async def _request(self, name: str, prompt: Sequence[int], sampling: Sampling, leaves_s: float | None) -> None:
+    async def _request(
+        self, name: str, prompt: Sequence[int], sampling: Sampling, leaves_s: float | None, adapter: str
+    ) -> None:
         now = self._now()
-        job = SequenceJob(name, prompt, sampling, now + REQUEST_TIMEOUT_S, arrived=now)
+        job = SequenceJob(name, prompt, sampling, now + REQUEST_TIMEOUT_S, arrived=now, adapter=adapter)
         run = SequenceRun(self.scheduler, job, RequestTrace(NoOpTracer(), {}))
         tokens: list[int] = []
         finish = None
@@ -158,7 +167,7 @@ class FleetChaos:
         except OmniError as error:
             outcome = f"error: {error.code} {error.reason}"
         else:
-            outcome = "complete" if (tokens, finish) == expected(prompt, sampling) else "defect: wrong"
+            outcome = "complete" if (tokens, finish) == expected(prompt, sampling, adapter) else "defect: wrong"
         if self._now() - now > REQUEST_TIMEOUT_S + 1:
             outcome = "defect: hang"
         self.result.outcomes[outcome] += 1
@@ -226,10 +235,10 @@ class FleetChaos:
         return found
 
 
-def expected(prompt: Sequence[int], sampling: Sampling) -> tuple[list[int], str]:
+def expected(prompt: Sequence[int], sampling: Sampling, adapter: str) -> tuple[list[int], str]:
     """Tokens and finish reason of a simulated answer."""
     drawn = SamplingParams(sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed)
-    stream, tokens = TokenStream(SETTINGS, prompt, drawn), list[int]()
+    stream, tokens = TokenStream(SETTINGS, prompt, drawn, adapter=adapter), list[int]()
     for position in range(sampling.max_tokens):
         tokens.append(stream.token(position))
         if (finish := stream.finish(tokens[-1], position)) is not None:

@@ -79,8 +79,17 @@ class Pulls:
 class SimWorker:
     """Both ports of one worker. `start` again after `die` begins a new epoch."""
 
-    def __init__(self, worker_id: str, role: Role, model: str, settings: SimSettings, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        role: Role,
+        model: str,
+        settings: SimSettings,
+        fleet: Fleet,
+        adapters: Sequence[str] = (),
+    ) -> None:
         self.id, self.role = worker_id, role
+        self._adapters = adapters
         self._model, self._settings, self._fleet = model, settings, fleet
         self._epoch = 0
         self._ids = itertools.count(1)
@@ -96,12 +105,13 @@ class SimWorker:
     async def start(self) -> None:
         self._epoch += 1
         self.clock = GatedClock()
-        self.engine = SimEngine(self._settings, self._model, self.clock)
+        self.engine = SimEngine(self._settings, self._model, self.clock, self._adapters)
         await self.engine.start()
         info = self.engine.info
         worker = Worker(
             self.id, "in process", self.role, self._epoch, self._model, info.block_size, info.max_model_len,
             info.max_num_seqs, info.kv_connector, info.engine, info.num_blocks, info.max_num_batched_tokens,
+            adapters=frozenset(info.adapters), adapter_load_ms=info.adapter_load_ms,
         )  # fmt: skip
         prefills, decodes = self.role is not Role.DECODE, self.role is not Role.PREFILL
         self.member = Member(worker, self if prefills else None, self if decodes else None)
@@ -152,7 +162,11 @@ class SimWorker:
         engine = self._alive()
         sampling = _sampling(order.sampling)
         job = engine_ports.PrefillJob(
-            order.request_id, order.token_ids, sampling, uncached_tokens=order.uncached_tokens
+            order.request_id,
+            order.token_ids,
+            sampling,
+            uncached_tokens=order.uncached_tokens,
+            adapter=order.adapter,
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -191,6 +205,7 @@ class SimWorker:
             submission.num_output_tokens,
             given,
             uncached_tokens=submission.uncached_tokens,
+            adapter=submission.adapter,
         )
         self._feeds[job.request_id] = feed
         self.watch.owes(submission.predicted_ms / 1e3)
@@ -256,7 +271,7 @@ class SimWorker:
                 running=stats.running, waiting=stats.waiting, queued_tokens=stats.queued_tokens,
                 kv_usage=stats.kv_usage, leases=stats.leases, step_ms=stats.step_ms,
                 context_tokens=stats.context_tokens, steps=stats.steps, busy_ms=stats.busy_ms,
-                computed_prompt_tokens=stats.computed_prompt_tokens,
+                computed_prompt_tokens=stats.computed_prompt_tokens, adapters=frozenset(stats.adapters),
             )  # fmt: skip
 
     async def _tell_blocks(self, engine: SimEngine) -> None:

@@ -18,6 +18,7 @@ PHASES = (
     ("hold", None, "held_ms"),
     ("schedule", None, "schedule_ms"),
     ("queue", "queue_ms", "queue_ms"),
+    ("adapter into a slot", "adapter_ms", None),
     ("prefill", "prefill_ms", "prefill_ms"),
     ("transfer", "transfer_ms", "transfer_ms"),
     ("to first token", "ttft_ms", "ttft_ms"),
@@ -81,11 +82,12 @@ def _show_latest(requests: Sequence[Mapping[str, Any]], console: Console) -> Non
 
 def _show_request(request: Mapping[str, Any], console: Console) -> None:
     caller = f", tenant {escape(request['tenant'])}" if request["tenant"] else ""
+    asked_for = f", adapter {escape(request['adapter'])}" if request.get("adapter") else ""
     took_ms = request["seen"].get("e2e_ms")
     took = "" if took_ms is None else f" after {_number(took_ms)} ms"
     console.print(
         f"[bold]{escape(request['request_id'])}[/] {_status(request)}{took}, arrived {_clock(request)}{caller}, "
-        f"priority {request['priority']}",
+        f"priority {request['priority']}{asked_for}",
         highlight=False,
         soft_wrap=True,
     )
@@ -135,7 +137,8 @@ def _show_phases(sequence: Mapping[str, Any], console: Console) -> None:
     predicted = _predicted(sequence)
     table = borderless(("", "predicted", "seen"))
     for label, foreseen, seen in PHASES:
-        table.add_row(label, _number(predicted.get(foreseen or "")), _number(sequence["seen"].get(seen)))
+        if seen is not None or foreseen in predicted:
+            table.add_row(label, _number(predicted.get(foreseen or "")), _number(sequence["seen"].get(seen or "")))
     console.print()
     console.print(table, highlight=False)
     if "confidence" in predicted:

@@ -66,6 +66,7 @@ def _remarks(member: Member) -> str:
     epilog=examples(
         "omni kv prefix 'You are a helpful assistant. ...'",
         "omni kv prefix --chat --file question.txt",
+        "omni kv prefix --model sql --file question.txt",
         "omni kv prefix --file prompt.txt --json",
     )
 )
@@ -73,6 +74,9 @@ def prefix(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; left out: --file.")] = None,
     file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Read the prompt from here.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="As a user's message, through the chat template.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="An adapter whose blocks are meant.", show_default="the model")
+    ] = None,
     url: Url = None,
     kvstore: KvStore = None,
     name: Name = None,
@@ -89,6 +93,8 @@ def prefix(
         raise InvalidOptions("give the prompt, or --file, and not both")
     text = prompt if prompt is not None else file.read_text() if file is not None else ""
     body: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    if model is not None:
+        body["model"] = model
     store = None if url and not kvstore else _kvstore(kvstore, home, name, port)
     seen, stored = asyncio.run(_prefix(ProxyPages(proxy_url(url, home, name, port)), store, body))
     if as_json:

@@ -22,7 +22,7 @@ from omni_cli.extensions import Commands
 from omni_cli.facts import probe_facts
 from omni_cli.kv_commands import kv_app
 from omni_cli.machine import find_root
-from omni_cli.options import Home, Name, Port, Url, chosen, files_of, logged, proxy_url
+from omni_cli.options import Home, Name, Port, Url, adapter_folders, chosen, files_of, logged, proxy_url
 from omni_cli.plan import StackOptions
 from omni_cli.status import Condition, read_all
 from omni_cli.up import STOP_TIMEOUT_S, Bringup, bring_down, bring_up
@@ -57,6 +57,7 @@ app.add_typer(workers_app, name="workers")
         "omni up",
         "omni up --engine sim --prefill 2 --decode 4 --port 8100 --detach",
         "omni up --expert-ranks 2 --spare-experts 4",
+        "omni up --adapter sql=adapters/sql --adapter poet=adapters/poet",
         "omni up --redis redis://cache:6379 --otlp http://collector:4317 --model ~/models/Qwen3-30B-A3B",
     )
 )
@@ -98,6 +99,10 @@ def up(
             exists=True, dir_okay=False, help="Layers that decode over few KV blocks: a file of omni attention search."
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="LoRA adapter that clients ask for by its name; may be repeated."),
+    ] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="How long to wait until all is healthy, seconds.")] = 600,
     ask: Annotated[bool, typer.Option(help="Ask a first question when healthy.")] = True,
     home: Home = None,
@@ -117,6 +122,7 @@ def up(
         expert_ranks=expert_ranks, spare_experts=spare_experts, kernels=kernels,
         speculative=speculative,
         attention_pattern=attention_pattern.resolve() if attention_pattern else None,
+        adapters=adapter_folders(adapter or ()),
         https=any(os.environ.get(f"{prefix}TLS__CERT_FILE") for prefix in ("OMNI_", "OMNI_PROXY_")),
     )  # fmt: skip
     bringup = Bringup(detach=detach, timeout_s=timeout_s, ask=ask)
@@ -182,11 +188,19 @@ def status(
 
 
 @app.command(
-    epilog=examples("omni chat", "omni chat 'What is a mixture of experts?'", "omni chat --system 'Answer in rhymes.'")
+    epilog=examples(
+        "omni chat",
+        "omni chat 'What is a mixture of experts?'",
+        "omni chat --system 'Answer in rhymes.'",
+        "omni chat --model poet 'What is a mixture of experts?'",
+    )
 )
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="One question; left out: a conversation.")] = None,
     url: Url = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model or adapter to talk to.", show_default="the stack's model")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Bound of one answer, tokens.")] = 512,
     temperature: Annotated[
@@ -200,11 +214,11 @@ def chat(
     client = ChatClient(proxy_url(url, home, name, port))
     messages = [{"role": "system", "content": system}] if system else []
     try:
-        model = client.model()
+        chosen_model = model or client.model()
         while question := prompt if prompt is not None else _read_question():
             messages.append({"role": "user", "content": question})
             answer = Answer()
-            for piece in client.stream(model, messages, answer, max_tokens=max_tokens, temperature=temperature):
+            for piece in client.stream(chosen_model, messages, answer, max_tokens=max_tokens, temperature=temperature):
                 print(piece, end="", flush=True)
             print()
             messages.append({"role": "assistant", "content": answer.text})

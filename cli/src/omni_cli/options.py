@@ -1,5 +1,6 @@
 """Options that several commands share, and what they mean."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,19 @@ def logged(files: StateFiles, name: str | None, port: int | None) -> str:
         raise NoSuchStack("no stack has left logs here; start one with omni up")
     asked = "say whose logs with --name" if name is None else f"no logs of a stack {name!r}"
     raise NoSuchStack(f"{asked} (there are: {', '.join(known)})")
+
+
+def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
+    """NAME=FOLDER as name -> folder. Raises InvalidOptions."""
+    folders: dict[str, Path] = {}
+    for each in given:
+        name, equals, folder = each.partition("=")
+        if not (name and equals and folder):
+            raise InvalidOptions(f"--adapter {each!r}: write NAME=FOLDER, as in sql=adapters/sql")
+        if name in folders:
+            raise InvalidOptions(f"--adapter {name!r} is given twice")
+        folders[name] = Path(folder).expanduser().resolve()
+    return folders
 
 
 def checked_address(option: str, given: str) -> str:

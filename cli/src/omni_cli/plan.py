@@ -4,8 +4,9 @@ StackOptions + Machine + free ports -> StackPlan
                                          └── ProcessSpec per process: module, environment, port, probe
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +59,7 @@ class StackOptions:
     kernels: str = "vllm"
     speculative: str | None = None
     attention_pattern: Path | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     https: bool = False
 
     @property
@@ -266,6 +268,8 @@ def _engine(
             values["VLLM__SPECULATIVE"] = options.speculative
         if options.attention_pattern is not None:
             values["VLLM__ATTENTION_PATTERN"] = str(options.attention_pattern)
+    if options.adapters:
+        values["ADAPTERS"] = json.dumps({name: str(path) for name, path in options.adapters.items()})
     if options.max_model_len is not None:
         values[f"{options.engine.upper()}__MAX_MODEL_LEN"] = str(options.max_model_len)
     values |= _expert_parallel(options)

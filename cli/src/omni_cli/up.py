@@ -83,11 +83,15 @@ async def bring_down(state: StackState, files: StateFiles, timeout_s: float) -> 
 
 
 def require_model(options: StackOptions) -> None:
-    """Raises InvalidOptions unless the folder holds a tokenizer and, for vLLM, a config, in JSON."""
+    """Raises InvalidOptions unless the folder holds a tokenizer and, for vLLM, a config, in JSON, as do adapters."""
     needed = ["tokenizer.json"] + (["config.json"] if options.engine == "vllm" else [])
     missing = [name for name in needed if not (options.model_dir / name).is_file()]
     if missing:
         raise InvalidOptions(f"{options.model_dir} has no {', '.join(missing)}; pass a model folder with --model")
+    if options.engine == "vllm":
+        for name, folder in options.adapters.items():
+            if not (folder / "adapter_config.json").is_file():
+                raise InvalidOptions(f"--adapter {name}: {folder} has no adapter_config.json, as PEFT writes it")
     for path in (options.model_dir / "tokenizer.json", options.model_dir / "config.json"):
         try:
             json.loads(path.read_bytes() if path.is_file() else "{}")
