@@ -235,7 +235,7 @@ class FleetChaos:
         return found
 
 
-def expected(prompt: Sequence[int], sampling: Sampling, adapter: str) -> tuple[list[int], str]:
+def expected(prompt: Sequence[int], sampling: Sampling, adapter: str = "") -> tuple[list[int], str]:
     """Tokens and finish reason of a simulated answer."""
     drawn = SamplingParams(sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed)
     stream, tokens = TokenStream(SETTINGS, prompt, drawn, adapter=adapter), list[int]()

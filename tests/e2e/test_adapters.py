@@ -17,6 +17,8 @@ import pytest
 from live import MODEL_DIR, ROOT, LiveStack, eventually, live_stack
 from tokenizers import Tokenizer
 
+sys.path.insert(0, str(ROOT / "models" / "recipe"))
+
 pytestmark = [pytest.mark.engine, pytest.mark.stack, pytest.mark.timeout(600)]
 
 ADAPTERS = ("poet", "sql")
@@ -67,6 +69,8 @@ def complete(stack: LiveStack, model: str, prompt: list[int], **more: Any) -> di
 def references(folders: Mapping[str, Path]) -> Mapping[str, Any]:
     """The models that the names must answer like."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from merged import add_to
+
     torch.set_num_threads(1)
     models = {
         name: transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
@@ -77,40 +81,17 @@ def references(folders: Mapping[str, Path]) -> Mapping[str, Any]:
     return models
 
 
-def add_to(model: Any, folder: Path) -> None:
-    """W + alpha / r * B @ A for every layer that the adapter in PEFT's format names."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    weights = safetensors.load_file(folder / "adapter_model.safetensors")
-    for name, down in weights.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-        up = weights[name.replace("lora_A", "lora_B")]
-        layer.weight.data += config["lora_alpha"] / config["r"] * up @ down
-
-
-def greedy(model: Any, prompt: list[int]) -> tuple[list[int], float]:
-    """Tokens, and the least distance between the two likeliest at any of them."""
-    torch = pytest.importorskip("torch")
-    tokens, margin = list(prompt), float("inf")
-    with torch.inference_mode():
-        for _ in range(MAX_TOKENS):
-            best = model(torch.tensor([tokens])).logits[0, -1].topk(2)
-            margin = min(margin, float(best.values[0] - best.values[1]))
-            tokens.append(int(best.indices[0]))
-    return tokens[len(prompt) :], margin
-
-
 def test_each_name_answers_like_its_own_model(stack: LiveStack, references: Mapping[str, Any]) -> None:
     """All at once, so that steps mix adapters with the model itself."""
+    from merged import greedy
+
     tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
     asked = [(name, prompt) for prompt in prompts() for name in references]
     with ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(lambda one: complete(stack, *one, skip_special_tokens=False), asked))
     compared, texts = 0, {}
     for (name, prompt), answer in zip(asked, answers, strict=True):
-        tokens, margin = greedy(references[name], prompt)
+        tokens, margin = greedy(references[name], prompt, MAX_TOKENS)
         texts[name, len(prompt)] = answer["choices"][0]["text"]
         assert answer["model"] == name
         if margin > CLEAR:

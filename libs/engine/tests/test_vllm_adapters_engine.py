@@ -1,7 +1,6 @@
 """Adapters on two real engines. The reference: transformers in float32, an adapter's weights added to the model's."""
 
 import dataclasses
-import json
 import os
 import random
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "models" / "recipe"))
 
 from engine_process import EngineProcess, started
 
@@ -62,6 +62,8 @@ def engines(folders: Mapping[str, Path]) -> Iterator[tuple[EngineProcess, Engine
 def references(folders: Mapping[str, Path]) -> Mapping[tuple[str, int], tuple[list[int], float]]:
     """By adapter and length of the prompt: tokens, and the least distance between the two likeliest at any of them."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from merged import add_to, greedy
+
     torch.set_num_threads(1)
     found = {}
     for name in NAMES:
@@ -69,32 +71,8 @@ def references(folders: Mapping[str, Path]) -> Mapping[tuple[str, int], tuple[li
         if name:
             add_to(model, folders[name])
         for length in LENGTHS:
-            found[name, length] = greedy(model, prompt(length))
+            found[name, length] = greedy(model, prompt(length), GREEDY.max_tokens)
     return found
-
-
-def add_to(model: Any, folder: Path) -> None:
-    """W + alpha / r * B @ A for every layer that the adapter names."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    weights = safetensors.load_file(folder / "adapter_model.safetensors")
-    for name, down in weights.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-        up = weights[name.replace("lora_A", "lora_B")]
-        layer.weight.data += config["lora_alpha"] / config["r"] * up @ down
-
-
-def greedy(model: Any, ids: list[int]) -> tuple[list[int], float]:
-    torch = pytest.importorskip("torch")
-    tokens, margin = list(ids), float("inf")
-    with torch.inference_mode():
-        for _ in range(GREEDY.max_tokens):
-            best = model(torch.tensor([tokens])).logits[0, -1].topk(2)
-            margin = min(margin, float(best.values[0] - best.values[1]))
-            tokens.append(int(best.indices[0]))
-    return tokens[len(ids) :], margin
 
 
 def prompt(length: int) -> list[int]:

@@ -123,7 +123,6 @@ async def test_only_those_that_serve_it_are_asked(start):
         "y"
     }
     # Where no prefill worker serves it, decode computes the prompt.
-    stack["p2"].adapters["p2"].clear()
     alone = await start("p1 d1", adapters={"d1": {"x"}})
     await completed(alone, model="x")
     assert not alone["p1"].prefills and alone["d1"].submits[0].adapter == "x"

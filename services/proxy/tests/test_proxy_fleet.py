@@ -333,3 +333,22 @@ async def test_room_is_that_of_those_that_serve_it(made: Fixture) -> None:
         assert room.room_in_ms(of[""]) == room.drain_ms() == 0
     made.fleet.get("d").load = Load(running=2, waiting=5)  # type: ignore[union-attr]
     assert room.is_short_of_decode(of["x"]) and not room.is_short_of_decode(of[""])
+
+
+async def test_what_was_sent_brings_its_adapter_along_until_two_reports_know_nothing_of_it(made: Fixture) -> None:
+    member = made.put("d", Role.DECODE, adapters=frozenset("x"), adapter_load_ms=9.0)
+    fleet = made.fleet
+
+    def wait_ms() -> float:
+        view = fleet.view(fleet.forecast(lambda size: b""), 100, 10, "x")
+        return float(view.adapter_ms[0])
+
+    assert wait_ms() == 9.0
+    with fleet.attempt("d", "x"):
+        assert wait_ms() == 0.0
+        member.load = Load()
+        assert wait_ms() == 0.0, "the report may have left the worker before the leg came"
+        member.load = Load()
+        assert wait_ms() == 9.0
+    member.load = Load(adapters=frozenset("x"))
+    assert wait_ms() == 0.0

@@ -161,7 +161,7 @@ async def test_a_client_that_leaves_cancels_prefill(start):
 
 
 async def test_a_deadline_aborts_and_answers_504(start):
-    stack = await start("d", {"request_timeout_s": 0.3}, hold_after=3)
+    stack = await start("d", {"request_timeout_s": 1.0}, hold_after=3)
     response = await stack.chat()
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "deadline"

@@ -183,7 +183,7 @@ class Decoding:
                 "proxy.decode", lambda: {"omni.worker_id": worker.id} if handle else foresight.attributes(worker)
             )
         )
-        attempt = self._attempt = stack.enter_context(fleet.attempt(worker.id))
+        attempt = self._attempt = stack.enter_context(fleet.attempt(worker.id, course.job.adapter))
         if handle is not None:
             self._computing = None
             self._charge = stack.enter_context(fleet.ledger.charge(worker.id, None, left))

@@ -69,8 +69,8 @@ class _Usable(NamedTuple):
         return found
 
     def in_slots(self, adapter: str) -> Bools:
-        """Which workers have it in one."""
-        return np.array([adapter in m.load.adapters for m in self.members], np.bool_)
+        """Which workers have it in one, or will with what was just sent to them."""
+        return np.array([m.has_in_slot(adapter) for m in self.members], np.bool_)
 
 
 class PromptForecast(NamedTuple):
@@ -185,8 +185,10 @@ class Fleet:
         """Why the worker takes no work, its health included; None if it does."""
         return member.refusal or self.health.refusal(member.worker.id, self.now())
 
-    def attempt(self, worker_id: str) -> Attempt:
+    def attempt(self, worker_id: str, adapter: str = "") -> Attempt:
         """A leg is sent to the worker; tell it what became of it."""
+        if adapter and (member := self._members.get(worker_id)) is not None:
+            member.sends(adapter)
         return Attempt(self.health, worker_id, self.now)
 
     @property

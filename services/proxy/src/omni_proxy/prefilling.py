@@ -145,7 +145,7 @@ class Prefilling:
         leg_trace = self._course.trace.leg("proxy.prefill", lambda: foresight.attributes(worker))
         began = self._loop.time()
         fleet = self._course.scheduler.fleet
-        attempting = fleet.attempt(worker.id)
+        attempting = fleet.attempt(worker.id, self._course.job.adapter)
         with attempting as attempt, foresight.mark(worker) as mark, computing, leg_trace as leg:
             try:
                 async with patience(fleet.health.settings, predicted_ms / 1e3, lambda: port.is_silent):

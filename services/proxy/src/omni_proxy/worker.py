@@ -97,6 +97,9 @@ class Member:
     on_load: "Callable[[Load, Load], None] | None" = None
     """Hears the load before and now."""
     _load: Load = field(default_factory=Load)
+    _sent_adapters: set[str] = field(default_factory=set)
+    """With legs since the last report, which need not know of them; `_sent_before`: since the one before."""
+    _sent_before: set[str] = field(default_factory=set)
 
     @property
     def load(self) -> Load:
@@ -105,8 +108,18 @@ class Member:
     @load.setter
     def load(self, load: Load) -> None:
         before, self._load = self._load, load
+        if self._sent_adapters or self._sent_before:
+            self._sent_before, self._sent_adapters = self._sent_adapters, set()
         if self.on_load is not None:
             self.on_load(before, load)
+
+    def sends(self, adapter: str) -> None:
+        """A leg with the adapter goes to the worker."""
+        self._sent_adapters.add(adapter)
+
+    def has_in_slot(self, adapter: str) -> bool:
+        """By its own account, or soon by ours."""
+        return adapter in self._load.adapters or adapter in self._sent_adapters or adapter in self._sent_before
 
     @property
     def prefills(self) -> bool:
