@@ -70,6 +70,8 @@ class ScriptedRoom:
     fixed_ms: float | None = None
     apart: dict[str, float] = field(default_factory=dict)
     """Milliseconds until there is room for an adapter."""
+    are_together: bool = False
+    """The same workers serve all of them."""
     asked: int = 0
 
     def room_in_ms(self, ticket: Ticket) -> float:
@@ -86,6 +88,11 @@ class ScriptedRoom:
         if self.fixed_ms is not None:
             return self.fixed_ms
         return 0.0 if self.free > 0 else max(0.0, (self.busy_until_s - self.timers.now) * 1e3)
+
+    def takers(self, adapter: str) -> str:
+        if adapter not in self.apart:
+            return ""
+        return "together" if self.are_together and math.isfinite(self.apart[adapter]) else adapter
 
 
 class Bench:
@@ -502,6 +509,46 @@ async def test_a_look_asks_of_a_bounded_number_of_adapters(room_ms, order):
         assert b.order == order and b.room.asked - before <= (2 * 42 if order else 20)
 
 
+async def test_many_adapters_that_wait_for_the_same_workers_hold_up_nobody_else():
+    async with bench({"free": 100}, max_hold_ms=200, order="fcfs") as b:
+        b.room.apart, b.room.are_together = {f"x{number}": 1e6 for number in range(200)}, True
+        for name in b.room.apart:
+            await b.ask(name, adapter=name)
+        before = b.room.asked
+        await b.ask("base")
+        assert b.order == ["base"] and b.room.asked - before < 10
+        await b.timers.advance(210)
+        await b.ask("next")
+        await b.timers.advance(100)
+        # One of all of them goes after max_hold, not one of each.
+        assert b.order == ["base", "x0", "next"]
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["one stays", "all leave"])
+async def test_a_hold_ends_with_the_last_who_waits_for_those_workers(is_left):
+    """Beside a backlog of others, one of whom goes every 100 ms."""
+    async with bench({"busy_until_s": 1e6}, max_hold_ms=300, order="fcfs") as b:
+        b.room.apart, b.room.are_together = {"x": 1e6, "y": 1e6}, True
+
+        async def one_goes(number: int) -> None:
+            await b.ask(f"{number}")
+            await b.free(1)
+            await b.timers.advance(100)
+
+        await b.ask("base")
+        first, second = await b.ask("x", adapter="x"), await b.ask("y", adapter="y")
+        await one_goes(0)
+        first.cancel()
+        if is_left:
+            second.cancel()
+        await one_goes(1)
+        await one_goes(2)
+        await b.ask("x again", adapter="x")
+        await one_goes(3)
+        assert "x again" not in b.order, "it has waited for 100 ms"
+        assert ("y" in b.order) is not is_left
+
+
 async def test_who_comes_after_an_adapter_that_waits_long_is_held_as_long_as_anybody():
     async with bench({"free": 1}, max_hold_ms=200) as b:
         b.room.apart = {"x": 1e6}
@@ -527,7 +574,7 @@ async def test_an_adapter_that_nobody_serves_is_refused_and_holds_up_nobody():
         for task in lost:
             error = error_of(task)
             assert isinstance(error, Unavailable) and error.reason == "no_adapter" and error.retry_after_s == 1
-            assert error.message == "no worker serves the adapter 'x' now"
+            assert error.message == "no decode worker that serves the adapter 'x' takes work"
         assert (await b.ask("x3", adapter="x")).done(), "refused at once from then on"
         assert b.metric("omni_proxy_dropped_total", reason="no_adapter") == 3
         b.room.apart["x"] = 0.0

@@ -47,6 +47,9 @@ class SimFleet:
     def drain_ms(self, adapter: str = "") -> float:
         return max(0.0, min(self.ends_s) - self.loop.time()) * 1e3
 
+    def takers(self, adapter: str) -> str:
+        return ""
+
     def room_in_ms(self, ticket: Ticket) -> float:
         return max(0.0, self.drain_ms() - self.lookahead_ms)
 

@@ -5,7 +5,7 @@ Written by the membership and the links on the event loop, read by the scheduler
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +31,15 @@ class _Serving(NamedTuple):
     """Slots of those that compute prompts: prefill workers, or where there are none the decode workers."""
     deciding: Rows
     """Slots of decode workers."""
+    takers: Hashable
+    """Who they are, to compare."""
 
     @classmethod
-    def of(cls, slots: Rows, prefills: Bools, decodes: Bools) -> "_Serving":
-        return cls(prefills, decodes, slots[prefills] if prefills.any() else slots[decodes], slots[decodes])
+    def of(cls, slots: Rows, prefills: Bools, decodes: Bools, adapter: str = "") -> "_Serving":
+        deciding = slots[decodes]
+        computing = slots[prefills] if prefills.any() else deciding
+        takers = (computing.tobytes(), deciding.tobytes()) if len(deciding) else adapter
+        return cls(prefills, decodes, computing, deciding, takers)
 
 
 class _Usable(NamedTuple):
@@ -64,7 +69,7 @@ class _Usable(NamedTuple):
         found = self.adapters.get(adapter)
         if found is None:
             serves = np.array([adapter in m.worker.adapters for m in self.members], np.bool_)
-            found = _Serving.of(self.slots, self.model.prefills & serves, self.model.decodes & serves)
+            found = _Serving.of(self.slots, self.model.prefills & serves, self.model.decodes & serves, adapter)
             self.adapters[adapter] = found
         return found
 
@@ -259,6 +264,10 @@ class Fleet:
     def deciding_slots(self, adapter: str = "") -> Rows:
         """Of decode workers that take work."""
         return self._takers().serving(adapter).deciding
+
+    def takers(self, adapter: str) -> Hashable:
+        """Equal for adapters that the same workers serve, and unlike any other's where nobody does."""
+        return self._takers().serving(adapter).takers
 
     def coming(self) -> int:
         """Sequences whose prompts are on workers that do not decode: a decode worker gets each."""

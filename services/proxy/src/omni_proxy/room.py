@@ -9,6 +9,7 @@ and more when the first is answered.
 """
 
 import math
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -38,6 +39,10 @@ class FleetRoom:
         if not len(self._fleet.deciding_slots(adapter)):
             return math.inf
         return float(self._fleet.times.free_in_ms(self._fleet.computing_slots(adapter), self._fleet.now()).min())
+
+    def takers(self, adapter: str) -> Hashable:
+        """Equal for adapters that the same workers serve, and unlike any other's where nobody does."""
+        return self._fleet.takers(adapter)
 
     def is_short_of_decode(self, ticket: Ticket) -> bool:
         """A seat or the pace of a decode worker, and not a prompt's turn, is what the ticket waits for."""

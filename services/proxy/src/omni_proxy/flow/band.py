@@ -6,7 +6,7 @@ the lanes does not change while nobody is served, and halving older service touc
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator, Set
+from collections.abc import Container, Iterator
 
 from omni_proxy.flow.fairness import Fairness
 from omni_proxy.flow.lane import Entry, Lane
@@ -83,7 +83,7 @@ class Band:
             self._active[lane.tenant] = lane
             self._place(lane)
 
-    def head(self, now: float, passed: Set[str] = frozenset()) -> Entry | None:
+    def head(self, now: float, passed: Container[str] = ()) -> Entry | None:
         """The entry whose turn it is, those left out whose adapters are `passed`. Asked twice at one instant, it is the
         same.
         """
@@ -101,7 +101,7 @@ class Band:
                 return lane.head(now)
             heapq.heappop(self._turns)
 
-    def _head_beside(self, now: float, passed: Set[str]) -> Entry | None:
+    def _head_beside(self, now: float, passed: Container[str]) -> Entry | None:
         """The same order, looked through lane by lane."""
         if self._releases % AGING_EVERY == AGING_EVERY - 1:
             longest = next((lane for lane in self._active.values() if lane.waits_beside(passed)), None)

@@ -8,14 +8,15 @@ ledger, before it awaits anything.
            -> else queue -> head: room, or its predicted boundary (timer), or something changed (poke) -> released
 
 A head without room holds up who is behind it, but for one thing: where it waits for those that serve its LoRA adapter
-while others have room, all of that adapter are passed over. Each of them keeps its place.
+while others have room, all who wait for the same workers are passed over. Each of them keeps its place.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from omni_common.errors import DeadlineExceeded, Internal, OmniError, ResourceExhausted, Unavailable
@@ -35,7 +36,9 @@ _SLO_MARGIN_S = 0.005
 """So long before its latest start a head is released anyway."""
 _NO_WORKER_RETRY_S = 1.0
 _MOST_BUSY = 16
-"""Adapters that one look passes over for want of room: each costs a question to the predictors."""
+"""Sets of workers without room that one look passes over: each costs a question to the predictors."""
+_MOST_UNSERVED = 1024
+"""Adapters without workers that are remembered while nobody waits for them."""
 
 
 class Room(Protocol):
@@ -46,6 +49,9 @@ class Room(Protocol):
 
     def drain_ms(self, adapter: str = "") -> float:
         """Until the least loaded worker has computed what is in flight; inf: no worker takes work."""
+
+    def takers(self, adapter: str) -> Hashable:
+        """Equal for adapters that the same workers serve, and unlike any other's where nobody does."""
 
 
 class Timers(Protocol):
@@ -74,6 +80,20 @@ class Turn:
         ended(tokens)
 
 
+@dataclass(slots=True)
+class _Passed:
+    """Adapters that are passed over, by the workers that serve them; the model itself never is."""
+
+    takers_of: Callable[[str], Hashable]
+    takers: set[Hashable] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.takers)
+
+    def __contains__(self, adapter: object) -> bool:
+        return isinstance(adapter, str) and adapter != "" and self.takers_of(adapter) in self.takers
+
+
 class FlowGate:
     """The only owner of the queue. `timers` is the running event loop unless a test passes another clock."""
 
@@ -91,8 +111,10 @@ class FlowGate:
         """When something was released last, or the queue was empty."""
         self._no_worker_s: dict[str, float] = {}
         """Since when no worker takes work for an adapter, or at all."""
-        self._held_s: dict[str, float] = {}
-        """Since when the head of an adapter waits, and none of that adapter has gone."""
+        self._held_s: dict[Hashable, float] = {}
+        """Since when somebody waits for these workers, and nobody who did has gone."""
+        self._adapters: Counter[str] = Counter()
+        """Of those who wait."""
         self._have_workers_changed = False
         self._judged: Ticket | None = None
         self._is_ahead = False
@@ -114,6 +136,7 @@ class FlowGate:
         self._enqueue(ticket, now)
         waiting: asyncio.Future[Release] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = waiting
+        self._adapters[ticket.adapter] += 1
         self.poke()
         try:
             reason = await waiting
@@ -126,6 +149,7 @@ class FlowGate:
             raise
         finally:
             self._waiting.pop(ticket, None)
+            self._waits_no_more(ticket.adapter)
         return self._turn(ticket, now, reason, has_waited=True)
 
     def refused(self, error: OmniError) -> None:
@@ -236,7 +260,7 @@ class FlowGate:
     def _judge_heads(self, now: float, is_boundary: bool) -> Mapping[Ticket, float]:
         """Let the first one go that may, else give the predicted waits of all that may not."""
         held: dict[Ticket, float] = {}
-        passed: set[str] = set()
+        passed = _Passed(self._room.takers)
         num_busy, others_have_room = 0, False
         while (head := self._queue.head(now, passed)) is not None:
             self._judged = head
@@ -256,17 +280,18 @@ class FlowGate:
                 return {}
             if not head.adapter:
                 break
-            self._held_s.setdefault(head.adapter, now)
+            takers = self._room.takers(head.adapter)
+            self._held_s.setdefault(takers, now)
             if not math.isinf(wait_ms):
                 num_busy += 1
                 others_have_room = others_have_room or self._have_others_room(head)
                 if num_busy > _MOST_BUSY or not others_have_room:
                     break
-            passed.add(head.adapter)
+            passed.takers.add(takers)
         else:
             # Nobody else waits: who comes next has not been held yet.
             self._progress_s = now
-            self._held_s = {adapter: self._held_s[adapter] for adapter in passed}
+            self._held_s = {takers: self._held_s[takers] for takers in passed.takers}
         return held
 
     def _have_others_room(self, head: Ticket) -> bool:
@@ -283,6 +308,9 @@ class FlowGate:
         """Of what nobody waits for too, where nobody waits at all or workers have changed."""
         if self._have_workers_changed or not self._queue:
             self._have_workers_changed = False
+            if len(self._no_worker_s) > _MOST_UNSERVED:
+                kept = {"", *self._adapters}
+                self._no_worker_s = {name: at_s for name, at_s in self._no_worker_s.items() if name in kept}
             for adapter in ("", *self._no_worker_s):
                 self._note_workers(adapter, self._room.drain_ms(adapter), now)
 
@@ -317,7 +345,7 @@ class FlowGate:
 
     def _release(self, ticket: Ticket, reason: Release, now: float) -> None:
         self._queue.take(ticket, now)
-        self._held_s.pop(ticket.adapter, None)
+        self._held_s.pop(self._room.takers(ticket.adapter), None)
         self._pace.released(now, was_backlog=len(self._queue) > 0)
         self._progress_s = now
         waiting = self._waiting[ticket]
@@ -340,7 +368,17 @@ class FlowGate:
         self._timer = self._timers.call_at(at, self._pass)
 
     def _held_since_s(self, head: Ticket) -> float:
-        return min(self._progress_s, self._held_s.get(head.adapter, math.inf))
+        return min(self._progress_s, self._held_s.get(self._room.takers(head.adapter), math.inf))
+
+    def _waits_no_more(self, adapter: str) -> None:
+        """The hold of its workers ends with the last who waits for them."""
+        self._adapters[adapter] -= 1
+        if self._adapters[adapter]:
+            return
+        del self._adapters[adapter]
+        takers = self._room.takers(adapter)
+        if not any(self._room.takers(other) == takers for other in self._adapters):
+            self._held_s.pop(takers, None)
 
     def _stop_timer(self) -> None:
         self._boundary_s = math.inf
@@ -369,7 +407,8 @@ class FlowGate:
     def _no_worker(self, ticket: Ticket) -> OmniError:
         error = Unavailable("no worker takes work", reason="no_decode_worker")
         if ticket.adapter and "" not in self._no_worker_s:
-            error = Unavailable(f"no worker serves the adapter {ticket.adapter!r} now", reason="no_adapter")
+            message = f"no decode worker that serves the adapter {ticket.adapter!r} takes work"
+            error = Unavailable(message, reason="no_adapter")
         return self._refusal(error, _NO_WORKER_RETRY_S)
 
     def _refusal(self, error: OmniError, retry_after_s: float) -> OmniError:

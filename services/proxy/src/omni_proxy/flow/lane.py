@@ -2,7 +2,7 @@
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from omni_proxy.flow.orders import Key, Place
@@ -88,11 +88,11 @@ class Lane:
         self._waiting += 1
         self._lines.setdefault(entry.ticket.adapter, Line()).add(entry)
 
-    def waits_beside(self, passed: Set[str]) -> bool:
+    def waits_beside(self, passed: Container[str]) -> bool:
         """Something waits whose adapter is not passed over."""
-        return not self._lines.keys() <= passed
+        return any(adapter not in passed for adapter in self._lines)
 
-    def head(self, now: float, passed: Set[str] = frozenset()) -> Entry:
+    def head(self, now: float, passed: Container[str] = ()) -> Entry:
         """The entry whose turn it is among those that are not passed over, of which there is one."""
         lines = [*self._lines.values()]
         if passed:

@@ -11,7 +11,7 @@ Pure: the clock is passed in. Offering, taking and removing cost O(log n) amorti
 import heapq
 import itertools
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Container, Sequence
 
 from omni_common.errors import ResourceExhausted
 from omni_proxy.flow.band import Band
@@ -75,7 +75,7 @@ class FlowQueue:
         heapq.heappush(self._expiries, (expires_s, entry.seq, entry))
         return displaced
 
-    def head(self, now: float, passed: Set[str] = frozenset()) -> Ticket | None:
+    def head(self, now: float, passed: Container[str] = ()) -> Ticket | None:
         """The ticket whose turn it is, those left out whose adapters are `passed`."""
         for band in self._bands:
             if (entry := band.head(now, passed)) is not None:
