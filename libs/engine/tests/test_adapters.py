@@ -55,12 +55,29 @@ def test_settings_name_adapters_sorted() -> None:
     ("adapters", "why"),
     [
         pytest.param('{"s ql": "/a"}', "OMNI_PREFILL_ADAPTERS.*'s ql'", id="name"),
-        pytest.param('{"tiny": "/a"}', "adapters: 'tiny' is the model's own name", id="the model's name"),
+        pytest.param(
+            '{"tiny": "/a"}',
+            r"'adapters' .*\(OMNI_PREFILL_ADAPTERS\): 'tiny' is the model's own",
+            id="the model's name",
+        ),
     ],
 )
 def test_settings_refuse(adapters: str, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         Settings.load({"OMNI_PREFILL_ADAPTERS": adapters, "OMNI_PREFILL_SERVED_MODEL_NAME": "tiny"})
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        pytest.param({"OMNI_PREFILL_MODEL_DIR": "/models/tiny"}, "tiny", id="folder"),
+        pytest.param({}, "sim", id="no model"),
+    ],
+)
+def test_settings_refuse_an_adapter_named_as_the_model_is_by_default(model: dict[str, str], name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"'{name}' is the model's own name") as refused:
+        Settings.load({"OMNI_PREFILL_ADAPTERS": f"{{{name}: /a}}", **model})
+    assert refused.value.field == "adapters"
 
 
 def test_slots_hold_those_in_use_and_then_the_last_used() -> None:

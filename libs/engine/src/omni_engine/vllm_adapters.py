@@ -20,6 +20,12 @@ _UNSUPPORTED = ("modules_to_save", "use_dora", "lora_bias", "alora_invocation_to
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _LORA_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _FROM_LAYER = re.compile(r"layers\.\d+\..+")
+# Parts of names that an adapter and the model's files may set differently.
+_WRAPPERS = frozenset({"model", "language_model", "transformer"})
+# Files lack a tied head, and vLLM pads both.
+_VOCABULARY = frozenset({"lm_head", "embed_tokens"})
+# The experts of a layer in one tensor, by what PEFT matches its patterns against.
+_STACKED = {".experts.base_layer": ".experts.gate_up_proj", ".experts": ".experts.down_proj"}
 
 Shape = tuple[int, ...]
 
@@ -34,6 +40,43 @@ class Adapter:
     rank: int
     modules: frozenset[str]
     has_experts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class _Lora:
+    """A layer's shapes: `down` is A (rank, in), `up` is B (out, rank)."""
+
+    down: Shape
+    up: Shape
+
+    @property
+    def adds(self) -> Shape:
+        return self.up[0], self.down[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """As PEFT and vLLM read them: the first pattern that ends a layer's name decides."""
+
+    usual: int
+    patterns: tuple[tuple[re.Pattern[str], int], ...]
+
+    @property
+    def largest(self) -> int:
+        return max([self.usual, *(rank for _, rank in self.patterns)])
+
+    def of(self, module: str) -> int:
+        for ending, parameter in _STACKED.items():
+            if module.endswith(ending):
+                module = module.removesuffix(ending) + parameter
+                break
+        return next((rank for pattern, rank in self.patterns if pattern.match(module)), self.usual)
 
 
 def read_adapters(
@@ -76,17 +119,18 @@ def _read(name: str, number: int, path: Path, layers: Mapping[str, set[Shape]]) 
         raise _refused(name, f"vLLM does not support {' and '.join(unsupported)}")
     if config.get("peft_type", "LORA") != "LORA" or config.get("bias", "none") != "none":
         raise _refused(name, "only LoRA without biases is served (peft_type LORA, bias none in adapter_config.json)")
-    rank = _rank(name, config)
+    ranks = _ranks(name, config)
     modules = _modules(name, path / "adapter_model.safetensors")
+    _check_ranks(name, modules, ranks)
     _check_layers(name, modules, layers)
     is_expert = {module: ".experts" in module for module in modules}
     lasts = frozenset(module.rpartition(".")[2] for module in modules if not is_expert[module])
-    return Adapter(name, number, path.resolve(), rank, lasts, any(is_expert.values()))
+    return Adapter(name, number, path.resolve(), ranks.largest, lasts, any(is_expert.values()))
 
 
 def _config(name: str, path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "adapter_config.json").read_text())
+        config = _json((path / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
         raise _refused(name, f"no readable adapter_config.json in {path}: {error}") from None
     if not isinstance(config, dict):
@@ -94,16 +138,22 @@ def _config(name: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _rank(name: str, config: Mapping[str, Any]) -> int:
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    known = [rank for rank in ranks if isinstance(rank, int) and 0 < rank <= RANKS[-1]]
-    if len(known) < len(ranks):
-        raise _refused(name, f"r in adapter_config.json must be from 1 to {RANKS[-1]}")
-    return max(known)
+def _ranks(name: str, config: Mapping[str, Any]) -> _Ranks:
+    given = config.get("rank_pattern") or {}
+    if not isinstance(given, dict):
+        raise _refused(name, "rank_pattern in adapter_config.json must map layers to ranks")
+    for rank in (config.get("r"), *given.values()):
+        if type(rank) is not int or not 0 < rank <= RANKS[-1]:  # True is an int, and no rank
+            raise _refused(name, f"r in adapter_config.json must be from 1 to {RANKS[-1]}")
+    try:
+        patterns = tuple((re.compile(rf"(.*\.)?({layers})$"), rank) for layers, rank in given.items())
+    except (re.error, OverflowError, RecursionError) as error:
+        raise _refused(name, f"rank_pattern in adapter_config.json holds no regular expression: {error}") from None
+    return _Ranks(config["r"], patterns)
 
 
-def _modules(name: str, weights: Path) -> dict[str, dict[str, Shape]]:
-    """The layers of an adapter's file, with the shapes of their A (rank, in) and B (out, rank)."""
+def _modules(name: str, weights: Path) -> dict[str, _Lora]:
+    """The layers of an adapter's file."""
     modules: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
     try:
         header = _header(weights)
@@ -111,35 +161,53 @@ def _modules(name: str, weights: Path) -> dict[str, dict[str, Shape]]:
         raise _refused(name, f"{weights} cannot be read: {error}") from None
     for tensor, told in header.items():
         if found := _LORA_WEIGHT.fullmatch(tensor):
-            modules[found["module"]][found["side"]] = tuple(told["shape"])
+            if not told.dtype.startswith(("F", "BF")):
+                raise _refused(name, f"{tensor} in {weights.name} is {told.dtype}, and must be of floats")
+            if len(told.shape) != 2:
+                raise _refused(name, f"{tensor} in {weights.name} has {len(told.shape)} dimensions, and must have two")
+            modules[found["module"]][found["side"]] = told.shape
         elif not tensor.endswith("base_layer.weight"):  # the model's own, which PEFT may save too
             raise _refused(
                 name, f"{tensor} in {weights.name} is not LoRA of a linear layer, and nothing else is served"
             )
     if not modules:
         raise _refused(name, f"{weights} holds no LoRA weights")
-    return dict(modules)
-
-
-def _check_layers(name: str, modules: Mapping[str, Mapping[str, Shape]], layers: Mapping[str, set[Shape]]) -> None:
-    """vLLM leaves out layers that it does not know, and copies too small ones into a corner: nothing would fail."""
     for module, sides in modules.items():
-        within = _FROM_LAYER.search(module)
-        if within is None or not layers or ".experts" in module:
+        if len(sides) < 2:
+            raise _refused(name, f"{weights.name} has lora_{next(iter(sides))} alone of {module}")
+    return {module: _Lora(sides["A"], sides["B"]) for module, sides in modules.items()}
+
+
+def _check_ranks(name: str, modules: Mapping[str, _Lora], ranks: _Ranks) -> None:
+    """vLLM takes what is in the file, and scales it by the rank of the configuration."""
+    for module, lora in modules.items():
+        found, rank = lora.down[0], ranks.of(module)
+        if lora.up[1] != found:
+            raise _refused(name, f"{module} has rank {found} in its lora_A and {lora.up[1]} in its lora_B")
+        is_stacked = module.endswith(tuple(_STACKED))  # the experts' ranks lie side by side
+        if found < rank or (found % rank if is_stacked else found > rank):
+            raise _refused(name, f"{module} has rank {found}, and {rank} by adapter_config.json")
+
+
+def _check_layers(name: str, modules: Mapping[str, _Lora], layers: Mapping[str, set[Shape]]) -> None:
+    """vLLM leaves out layers that it does not know, and copies too small ones into a corner: nothing would fail."""
+    for module, lora in modules.items():
+        layer = _layer(module)
+        if not layers or ".experts" in module or layer in _VOCABULARY:
             continue
-        shapes = layers.get(within[0])
+        shapes = layers.get(layer)
         if shapes is None:
-            raise _refused(name, f"the model has no layer {within[0]}; is it an adapter of this model?")
-        if shapes and sides.keys() == {"A", "B"} and (sides["B"][0], sides["A"][1]) not in shapes:
+            raise _refused(name, f"the model has no layer {layer}; is it an adapter of this model?")
+        if shapes and lora.adds not in shapes:
             raise _refused(
                 name,
-                f"{within[0]} is {sides['B'][0]} x {sides['A'][1]} in it and {' or '.join(map(_times, shapes))} in "
-                "the model; is it an adapter of this model?",
+                f"{layer} is {_times(lora.adds)} in it and {' or '.join(map(_times, shapes))} in the model; "
+                "is it an adapter of this model?",
             )
 
 
 def _layers_of(model_dir: Path) -> dict[str, set[Shape]]:
-    """What the model's files hold by the name from 'layers.' on, with the shapes of plain matrices."""
+    """What the model's files hold by `_layer`, with shapes of plain matrices (outside 'layers.' some are turned)."""
     layers: defaultdict[str, set[Shape]] = defaultdict(set)
     for path in model_dir.glob("*.safetensors"):
         try:
@@ -147,22 +215,50 @@ def _layers_of(model_dir: Path) -> dict[str, set[Shape]]:
         except (OSError, ValueError) as error:
             raise InvalidRequest(f"model_dir: {path} cannot be read: {error}", field="model_dir") from None
         for tensor, told in header.items():
-            if within := _FROM_LAYER.search(tensor):
-                shapes = layers[within[0].rpartition(".")[0]]
-                if tensor.endswith(".weight") and told["dtype"] in _FLOATS:
-                    shapes.add(tuple(told["shape"]))
+            module, _, kind = tensor.rpartition(".")
+            shapes = layers[_layer(module)]
+            if kind == "weight" and told.dtype in _FLOATS and _FROM_LAYER.search(module):
+                shapes.add(told.shape)
     return dict(layers)
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file: name -> dtype and shape."""
+def _layer(module: str) -> str:
+    """Its name from 'layers.' on, else without what it is wrapped in."""
+    if within := _FROM_LAYER.search(module):
+        return within[0]
+    return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
+
+
+def _header(path: Path) -> dict[str, _Tensor]:
+    """The tensors of a safetensors file, by name. Raises OSError, or ValueError where it is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
+        held = path.stat().st_size - 8 - length
+        if held < 0:
             raise ValueError("it is cut short, or no safetensors file")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header = _json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header must be a JSON object")
     header.pop("__metadata__", None)
-    return header
+    return {name: _tensor(name, told, held) for name, told in header.items()}
+
+
+def _tensor(name: str, told: Any, held: int) -> _Tensor:
+    """`held` bytes follow the header."""
+    match told:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            if not 0 <= start <= end <= held:
+                raise ValueError(f"{name} lies beyond its end")
+            if all(type(size) is int and size >= 0 for size in shape):
+                return _Tensor(dtype, tuple(shape))
+    raise ValueError(f"its header tells no dtype, shape and data_offsets of {name}")
+
+
+def _json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
 
 
 def _check_use(adapter: Adapter, settings: VllmSettings, config: Mapping[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 import socket
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from omni_common.addresses import checked_address
 from omni_common.settings import ServiceSettings
@@ -66,14 +66,11 @@ class WorkerSettings(ServiceSettings):
 
     @field_validator("adapters")
     @classmethod
-    def _have_names(cls, given: dict[str, Path]) -> dict[str, Path]:
+    def _have_names(cls, given: dict[str, Path], info: ValidationInfo) -> dict[str, Path]:
+        model = _model_name(info.data.get("served_model_name", ""), info.data.get("model_dir"))
+        if model in given:
+            raise ValueError(f"{model!r} is the model's own name; give the adapter another")
         return {checked_name(name): given[name] for name in sorted(given)}
-
-    @model_validator(mode="after")
-    def _no_adapter_is_named_as_the_model(self) -> Self:
-        if self.model_name in self.adapters:
-            raise ValueError(f"adapters: {self.model_name!r} is the model's own name; give the adapter another")
-        return self
 
     @property
     def published_labels(self) -> dict[str, str]:
@@ -83,7 +80,7 @@ class WorkerSettings(ServiceSettings):
     @property
     def model_name(self) -> str:
         """The name requests must carry."""
-        return self.served_model_name or (self.model_dir.resolve().name if self.model_dir else "sim")
+        return _model_name(self.served_model_name, self.model_dir)
 
     def name_at(self, port: int) -> str:
         """The worker's name once its port is known."""
@@ -94,3 +91,7 @@ class WorkerSettings(ServiceSettings):
         host = self.advertise_host or self.host
         is_bare_ipv6 = ":" in host and not host.startswith("[")
         return f"[{host}]:{port}" if is_bare_ipv6 else f"{host}:{port}"
+
+
+def _model_name(served: str, model_dir: Path | None) -> str:
+    return served or (model_dir.resolve().name if model_dir else "sim")
