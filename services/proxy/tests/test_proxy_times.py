@@ -4,6 +4,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -369,6 +370,35 @@ def test_a_seat_is_free_when_enough_have_ended(load: dict[str, Any], request_: t
     prompt, output = request_
     times = world.times.of(np.array([slot]), 0.0, prompt, output, np.array([prompt]))
     assert times.seat_ms[0] == pytest.approx(ends * output * times.step_ms[0] / load["running"])
+
+
+def test_a_seat_is_as_far_as_the_answers_that_hold_it_are_long() -> None:
+    """Whoever asks for few tokens waits no less behind long answers, and a long one no longer behind short ones."""
+    world = World()
+    for name in ("long", "short", "others"):
+        world.join(name)
+    slots = np.array([world.columns.slot(name) for name in ("long", "short", "others")])
+    nothing = np.zeros(3, np.int64)
+    world.columns.running[slots] = 8
+
+    def seat_steps(output_tokens: int) -> list[float]:
+        times = world.times.of(slots, 0.0, 0, output_tokens, nothing)
+        return (times.seat_ms / times.step_ms).tolist()
+
+    with ExitStack() as answers:
+        charges = [answers.enter_context(world.ledger.charge("long", None, 1600)) for _ in range(8)]
+        for _ in range(8):
+            answers.enter_context(world.ledger.charge("short", None, 16))
+            # Prompts alone have no answer that would end.
+            answers.enter_context(world.ledger.charge("short", (1, 0)))
+        world.columns.own_requests[slots[1]] = 8
+        world.columns.running[slots[1]] = 8
+        assert seat_steps(16) == pytest.approx([200, 2, 2])
+        assert seat_steps(1600) == pytest.approx([200, 2, 200])
+        for charge in charges:
+            charge.received(1600)
+        assert seat_steps(16)[0] == pytest.approx(200), "longer than believed: no nearer its end than one just begun"
+    assert seat_steps(16) == pytest.approx([2, 2, 2]), "no answer of this proxy is left there"
 
 
 def test_a_step_counts_who_is_on_the_way() -> None:

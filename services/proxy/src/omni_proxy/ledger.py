@@ -30,7 +30,7 @@ class InFlight:
 class Charge:
     """One leg on one worker. A context: what is still charged when it ends is settled then."""
 
-    __slots__ = ("_columns", "_now", "_output", "_received", "_slot", "_uncached", "_work")
+    __slots__ = ("_answer", "_columns", "_now", "_output", "_received", "_slot", "_uncached", "_work")
 
     def __init__(
         self, columns: Columns, slot: int, now: Callable[[], float], uncached: int, work: Floats, output: int
@@ -41,13 +41,17 @@ class Charge:
         self._uncached = uncached
         self._work = work
         self._output = output
+        self._answer = output
         self._received = 0
 
     def __enter__(self) -> Self:
         columns, slot = self._columns, self._slot
         columns.own_requests[slot] += 1
         columns.dispatched[slot] += 1
-        columns.own_output_tokens[slot] += self._output
+        if self._answer:
+            columns.own_output_tokens[slot] += self._output
+            columns.own_answers[slot, 0] += 1
+            columns.own_answers[slot, 1] += self._answer
         if self._work is not _NO_WORK:
             if not columns.own_prefills[slot]:
                 columns.busy_since_s[slot] = self._now()
@@ -80,7 +84,11 @@ class Charge:
         self.computed()
         self._received = self._output
         self._settle_output()
-        self._columns.own_requests[self._slot] -= 1
+        columns, slot = self._columns, self._slot
+        if self._answer:
+            columns.own_answers[slot, 0] -= 1
+            columns.own_answers[slot, 1] -= self._answer
+        columns.own_requests[slot] -= 1
 
     def _settle_output(self) -> None:
         tokens = min(self._received, self._output)

@@ -18,7 +18,7 @@ INTS = (
     OTHERS_PREFILLS, OTHERS_UNCACHED_TOKENS, OTHERS_SEQUENCES, RUNNING, WAITING, CONTEXT_TOKENS,
 ) = range(len(INTS))  # fmt: skip
 """Rows of `Columns.ints`."""
-_FLOATS = {"own_work": (3,), "busy_since_s": (), "kv_usage": (), "stats_at_s": ()}
+_FLOATS = {"own_work": (3,), "own_answers": (2,), "busy_since_s": (), "kv_usage": (), "stats_at_s": ()}
 """Shapes of a slot's entry."""
 
 
@@ -33,6 +33,8 @@ class Columns:
     own_output_tokens: Ints
     own_work: Floats
     """Features of the prompts in flight, summed; see `omni_proxy.scheduling.times`."""
+    own_answers: Floats
+    """Legs in flight that generate, and the tokens expected of them from their first to their last."""
     busy_since_s: Floats
     """When the worker began with the first of this proxy's prompts that it has not answered."""
     dispatched: Ints

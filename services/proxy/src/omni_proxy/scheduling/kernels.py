@@ -92,12 +92,21 @@ def step_features(ints: Ints, background: Floats, slots: Rows | Ints, prompt_tok
 
 
 @kernel
-def steps_to_seat(
-    ints: Ints, kv_usage: Floats, limits: Ints, slots: Rows | Ints, tokens: int, output_tokens: int
-) -> Floats:
-    """Decode steps until each worker has a seat for one more sequence of `tokens`; 0 where it has one.
+def answer_tokens(own_answers: Floats, slots: Rows | Ints, output_tokens: int) -> Floats:
+    """Mean length of the answers on each worker, as expected of this proxy's; `output_tokens` where it has none."""
+    result = np.full(len(slots), float(output_tokens))
+    for i in range(len(slots)):
+        answers = own_answers[slots[i], 0]
+        if answers > 0.0:
+            result[i] = own_answers[slots[i], 1] / answers
+    return result
 
-    A sequence ends every (output tokens / running) steps; so many have to end first.
+
+@kernel
+def ends_to_seat(ints: Ints, kv_usage: Floats, limits: Ints, slots: Rows | Ints, tokens: int) -> Floats:
+    """Share of the running sequences that end before each worker has a seat for one more of `tokens`; 0: it has one.
+
+    More than 1 where as many again have to.
     """
     result = np.zeros(len(slots))
     for i in range(len(slots)):
@@ -114,7 +123,7 @@ def steps_to_seat(
             ends = max(ends, float(sequences + 1 - seats))
         if kv_tokens > 0:
             ends = max(ends, (kv_usage[slot] + tokens / kv_tokens - 1.0) * running)
-        result[i] = ends * output_tokens / running
+        result[i] = ends / running
     return result
 
 

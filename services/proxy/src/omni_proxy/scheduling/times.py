@@ -221,12 +221,14 @@ class WorkerTimes:
 
     def have_seats(self, slots: Rows, tokens: int) -> Bools:
         """Whether each worker's batch and cache have room for one more sequence of so many tokens."""
-        return self.steps_to_seat(slots, tokens, 1) <= 0.0
+        return self._ends_to_seat(slots, tokens) <= 0.0
 
     def steps_to_seat(self, slots: Rows, tokens: int, output_tokens: int) -> Floats:
-        """Until each worker has room for one more sequence, where sequences end after `output_tokens` steps."""
-        columns = self._columns
-        return kernels.steps_to_seat(columns.ints, columns.kv_usage, self._limits, slots, tokens, output_tokens)
+        """Until each worker has room for one more sequence of so many tokens, `output_tokens` of them its answer.
+
+        A sequence ends every (answer / running) steps, where the answers are those of the sequences that are there.
+        """
+        return self._ends_to_seat(slots, tokens) * self._answer_tokens(slots, output_tokens)
 
     def pace_ms(self, slots: Rows, tokens: int, output_tokens: int, coming: float, itl_slo_ms: float) -> Floats:
         """Until each worker keeps the SLO with one more sequence of so many prompt tokens; 0 where it does.
@@ -242,9 +244,9 @@ class WorkerTimes:
         alone[:, :3] = 1.0, 1.0, tokens / 1e3
         step_ms, alone_ms = (self._step.milliseconds(self._step_rows[slots], f) for f in (features, alone))
         is_late = (step_ms > limit_ms) & (alone_ms <= limit_ms) & (features[:, 1] > 1.0)
-        # So large a share of the others has to end, and one ends every (output tokens / others) steps.
+        # So large a share of the others has to end, and one ends every (their answers / others) steps.
         share = np.minimum((step_ms - limit_ms) / np.maximum(step_ms - alone_ms, 1e-9), 1.0)
-        return np.where(is_late, share * output_tokens * step_ms, 0.0)
+        return np.where(is_late, share * self._answer_tokens(slots, output_tokens) * step_ms, 0.0)
 
     def begins_in_a_step(self, slots: Rows, uncached_tokens: int, step_share: float) -> bool:
         """Some worker has no prompt ahead, or those ahead and this one fill but a share of one of its steps."""
@@ -269,6 +271,13 @@ class WorkerTimes:
         columns = self._columns
         total_ms = self._prompt.milliseconds(self._prompt_rows[slots], columns.own_work[slots])
         return kernels.remaining(columns.ints, columns.own_work, columns.busy_since_s, slots, total_ms, now_s)
+
+    def _ends_to_seat(self, slots: Rows, tokens: int) -> Floats:
+        columns = self._columns
+        return kernels.ends_to_seat(columns.ints, columns.kv_usage, self._limits, slots, tokens)
+
+    def _answer_tokens(self, slots: Rows, output_tokens: int) -> Floats:
+        return kernels.answer_tokens(self._columns.own_answers, slots, output_tokens)
 
     def _alike(self, kind: str) -> set[int]:
         """Slots of the workers of a kind."""
