@@ -1,8 +1,10 @@
 """Adapters where no real engine is needed: names, slots, what a worker refuses and tells, the simulated engine."""
 
 import asyncio
+import heapq
 import sys
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from omni.prefill.v1.prefill_service_pb2 import PrefillRequest
 from omni_common.blocks import block_keys, root_key
 from omni_common.errors import FailedPrecondition, InvalidRequest
 from omni_common.rpc_errors import from_rpc_error
-from omni_engine.adapters import AdapterSlots, checked_name
+from omni_engine.adapters import PATIENCE_S, AdapterSlots, AdapterTurns, checked_name
 from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.hosting.settings import WorkerSettings
 from omni_engine.ports import DecodeJob, PrefillJob, SamplingParams
@@ -110,6 +112,120 @@ def test_slots_are_never_more_than_there_are(size: int, steps: list[tuple[str, b
         in_use = len(set(users))
         assert set(told[:in_use]) <= set(users), "those in use come first"
         assert len(set(told) & set(users)) == min(in_use, size)
+
+
+class SlottedEngine:
+    """Begins who finds a slot, first come first served, and passes over the others, as vLLM does."""
+
+    def __init__(self, slots: int, turns: AdapterTurns[int]) -> None:
+        self._slots = slots
+        self._turns = turns
+        self._came: list[tuple[float, str, float]] = []
+        self._waiting: list[int] = []
+        self._running: list[tuple[float, int]] = []
+        self.waited_s: dict[int, float] = {}
+
+    def run(self, work: Sequence[tuple[float, str, float]]) -> None:
+        """Arrival, adapter and duration of each piece, by arrival."""
+        for came_s, adapter, takes_s in work:
+            self._until(came_s)
+            key = len(self._came)
+            self._came.append((came_s, adapter, takes_s))
+            if self._turns.comes(key, adapter, came_s):
+                self._waiting.append(key)
+            self._begin(came_s)
+        while self._running:
+            self._until(self._running[0][0])
+
+    def _until(self, now_s: float) -> None:
+        while self._running and self._running[0][0] <= now_s:
+            ended_s, key = heapq.heappop(self._running)
+            self._turns.leaves(key)
+            self._begin(ended_s)
+
+    def _begin(self, now_s: float) -> None:
+        in_use = Counter(self._came[key][1] for _, key in self._running if self._came[key][1])
+        self._waiting += self._turns.admitted(now_s)
+        for key in list(self._waiting):
+            came_s, adapter, takes_s = self._came[key]
+            if adapter and adapter not in in_use and len(in_use) == self._slots:
+                continue
+            in_use[adapter] += bool(adapter)
+            self._waiting.remove(key)
+            heapq.heappush(self._running, (now_s + takes_s, key))
+            self._turns.begins(key, now_s)
+            self.waited_s[key] = now_s - came_s
+        self._waiting += self._turns.admitted(now_s)
+
+
+WORK = st.lists(
+    st.tuples(st.floats(0.0, 0.5), st.sampled_from(("", "a", "a", "a", "b", "b", "c", "d")), st.floats(0.1, 2.0)),
+    max_size=150,
+)
+
+
+@settings(deadline=None)
+@given(slots=st.integers(1, 3), gaps=WORK)
+def test_nobody_waits_for_a_slot_for_ever(slots: int, gaps: list[tuple[float, str, float]]) -> None:
+    """Each adapter gets its turn within the others' patience and work, however much more of theirs comes."""
+    patience_s, now_s, work = 3.0, 0.0, list[tuple[float, str, float]]()
+    for gap_s, adapter, takes_s in gaps:
+        now_s += gap_s
+        work.append((now_s, adapter, takes_s))
+    turns = AdapterTurns[int](slots, patience_s)
+    engine = SlottedEngine(slots, turns)
+    engine.run(work)
+    assert len(engine.waited_s) == len(work), "whoever was kept out came in"
+    assert turns.kept_out == 0
+    assert all(engine.waited_s[key] == 0 for key, (_, adapter, _) in enumerate(work) if not adapter)
+    assert max(engine.waited_s.values(), default=0.0) <= 4 * (patience_s + 2.0)
+
+
+def test_without_turns_one_adapter_can_keep_all_others_out() -> None:
+    """What the test above would find otherwise, with the same engine."""
+    work = [(number / 10, "a", 0.3) for number in range(600)]
+    work.insert(100, (10.0, "b", 0.3))
+    for patience_s, least_s, most_s in ((1e9, 50.0, 51.0), (3.0, 3.0, 3.3)):
+        engine = SlottedEngine(1, AdapterTurns(1, patience_s))
+        engine.run(work)
+        assert least_s <= engine.waited_s[100] <= most_s
+
+
+def test_only_more_adapters_than_slots_keep_anybody_out() -> None:
+    turns = AdapterTurns[str](2, patience_s=1.0)
+    assert turns.comes("1", "a", 0.0)
+    assert turns.comes("2", "b", 0.0)
+    assert all(turns.comes(str(number), "ab"[number % 2], float(number)) for number in range(3, 9))
+    assert not turns.comes("9", "c", 9.0), "a starves: it has waited 9 s and nothing of it runs"
+    turns.leaves("9")
+    assert turns.kept_out == 0
+
+
+async def test_a_flood_of_one_adapter_does_not_starve_another() -> None:
+    """One slot: sequences of 'a' overlap without end until the one of 'b' has answered."""
+    clock = VirtualClock()
+    engine = SimEngine(SimSettings(adapter_slots=1, mean_output_tokens=1000), clock=clock, adapters=("a", "b"))
+    driver = asyncio.create_task(clock.run())
+    await engine.start()
+    answered, flood = asyncio.Event(), SamplingParams(max_tokens=50, ignore_eos=True)
+    await engine.submit(DecodeJob("a0", range(64), flood, adapter="a"), lambda outputs: None)
+    await clock.sleep(0.1)
+    began_s = clock.now_s()
+    one = SamplingParams(max_tokens=1, ignore_eos=True)
+    await engine.submit(DecodeJob("b", range(64), one, adapter="b"), lambda outputs: answered.set())
+    number = 0
+    async with asyncio.timeout(30):
+        while not answered.is_set():
+            number += 1
+            await engine.submit(DecodeJob(f"a{number}", range(64), flood, adapter="a"), lambda outputs: None)
+            await clock.sleep(0.1)
+            assert engine.stats().waiting > 0 or answered.is_set(), "who is kept out counts as waiting"
+    assert PATIENCE_S <= clock.now_s() - began_s <= PATIENCE_S + 3
+    async with asyncio.timeout(30):
+        while engine.stats().running + engine.stats().waiting:
+            await clock.sleep(1.0)
+    await engine.close()
+    driver.cancel()
 
 
 def prefill_request(adapter: str) -> PrefillRequest:

@@ -1,12 +1,14 @@
 """Adapters on two real engines. The reference: transformers in float32, an adapter's weights added to the model's."""
 
+import asyncio
 import dataclasses
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from engine_process import EngineProcess, started
 
 from omni_common.blocks import KEY_BYTES, block_keys, root_key
 from omni_common.errors import Internal
+from omni_engine.adapters import AdapterTurns
 from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.ports import DecodeJob, PrefillJob, SamplingParams, SequenceOutput
+from omni_engine.vllm import VllmEngine
 from omni_engine.vllm_settings import VllmSettings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -179,6 +183,52 @@ def test_many_sequences_share_few_slots(engines: tuple[EngineProcess, EngineProc
     ]
     for job, outputs in zip(jobs, decode.generate_all(jobs), strict=True):
         assert len(tokens(outputs)) == job.sampling.max_tokens
+
+
+async def flooded(engine: VllmEngine) -> tuple[float, int, int]:
+    """Seconds until 'cook' has answered while sequences of 'poet' and 'sql' overlap without end.
+
+    Then how many of the others were sent, and how many of them ended at last.
+    """
+    engine._tracker.turns = AdapterTurns(SLOTS, patience_s=0.5)
+    answered, ended = asyncio.Event(), [0]
+
+    def count(outputs: Sequence[SequenceOutput]) -> None:
+        ended[0] += sum(output.finish_reason is not None for output in outputs)
+
+    async def more(number: int) -> None:
+        sampling = SamplingParams(max_tokens=40 + 17 * number % 60, temperature=0.0, ignore_eos=True)
+        await engine.submit(DecodeJob(f"f{number}", prompt(8), sampling, adapter=("poet", "sql")[number % 2]), count)
+
+    for number in range(6):
+        await more(number)
+    while engine.stats().running < 6:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    began_s = time.monotonic()
+    one = dataclasses.replace(GREEDY, max_tokens=1)
+    await engine.submit(DecodeJob("cook", prompt(8), one, adapter="cook"), lambda outputs: answered.set())
+    sent = 6
+    while not answered.is_set() and time.monotonic() < began_s + 40:
+        # Six are there at any time, until newcomers are kept out.
+        if sent < ended[0] + 6:
+            await more(sent)
+            sent += 1
+        else:
+            await asyncio.sleep(0.01)
+    waited_s = time.monotonic() - began_s
+    async with asyncio.timeout(40):
+        while ended[0] < sent:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return waited_s, sent, ended[0]
+
+
+def test_a_flood_of_two_adapters_does_not_starve_a_third(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    """vLLM alone passes it over for as long as they come."""
+    _, decode = engines
+    waited_s, sent, ended = decode.run(flooded)
+    assert 0.5 <= waited_s < 20
+    assert sent == ended > 6
+    assert decode.call("stats").waiting == 0
 
 
 def test_an_adapter_that_cannot_be_loaded_ends_the_start(folders: Mapping[str, Path], tmp_path: Path) -> None:

@@ -1,10 +1,17 @@
 """LoRA adapters by name, and which of them lie in an engine's slots. Pure."""
 
+import math
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 MAX_NAME_CHARS = 128
+PATIENCE_S = 5.0
+"""So long an adapter without a slot waits while others keep theirs. Shorter turns make smaller batches."""
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:/-]{{0,{MAX_NAME_CHARS - 1}}}")
+
+K = TypeVar("K", bound=Hashable)
 
 
 def checked_name(given: str) -> str:
@@ -51,3 +58,104 @@ class AdapterSlots:
         """It was used last."""
         self._used[adapter] = None
         self._used.move_to_end(adapter)
+
+
+class AdapterTurns(Generic[K]):
+    """Keeps the adapters that fill the slots from doing so for ever.
+
+    An engine passes over whoever finds no slot, so adapters in use stay in use for as long as more of theirs come.
+    Once another starves, newcomers that are not of such an adapter are kept out until it has begun: those that run end,
+    and a slot falls free. An adapter starves when nothing of it runs and it has waited for `patience_s`, counted anew
+    when a piece of its work begins and when a starving one gets its turn: who comes next has to have a turn as well.
+
+    Pieces of work are named by keys. No slots: there is one for each adapter, and nobody is kept out.
+    """
+
+    def __init__(self, slots: int = 0, patience_s: float = PATIENCE_S) -> None:
+        self._slots = slots
+        self._patience_s = patience_s
+        self._waiting: dict[str, dict[K, float]] = {}
+        """In the engine and not begun, by adapter: since when."""
+        self._running: Counter[str] = Counter()
+        self._adapters: dict[K, str] = {}
+        """Of all that are in the engine."""
+        self._kept_out: dict[K, tuple[str, float]] = {}
+        self._begun_s: dict[str, float] = {}
+        """When a piece of an adapter's work last began."""
+        self._turn_s = -math.inf
+        self._may_free = False
+
+    @property
+    def kept_out(self) -> int:
+        return len(self._kept_out)
+
+    def keeps_out(self, key: K) -> bool:
+        return key in self._kept_out
+
+    def comes(self, key: K, adapter: str, now_s: float) -> bool:
+        """Whether it may enter the engine now; if not, `admitted` names it later."""
+        if not adapter or not self._slots:
+            return True
+        if self._must_wait(adapter, now_s):
+            self._kept_out[key] = adapter, now_s
+            return False
+        self._enter(key, adapter, now_s)
+        return True
+
+    def begins(self, key: K, now_s: float) -> None:
+        """The engine computes it, so its adapter has a slot. A second call does nothing."""
+        adapter = self._adapters.get(key, "")
+        if key not in self._waiting.get(adapter, ()):
+            return
+        if self._starves(adapter, now_s):
+            self._turn_s = now_s
+        self._no_longer_waits(key, adapter)
+        self._running[adapter] += 1
+        self._begun_s[adapter] = now_s
+        self._may_free = True
+
+    def leaves(self, key: K) -> None:
+        """It ended, begun or not, or was taken back."""
+        self._kept_out.pop(key, None)
+        adapter = self._adapters.pop(key, "")
+        if not adapter:
+            return
+        self._may_free = True
+        if key in self._waiting.get(adapter, ()):
+            self._no_longer_waits(key, adapter)
+        else:
+            self._running[adapter] -= 1
+            if not self._running[adapter]:
+                del self._running[adapter]
+
+    def admitted(self, now_s: float) -> list[K]:
+        """Those kept out that may enter now, in the order they came; they have entered."""
+        if not self._kept_out or not self._may_free:
+            return []
+        self._may_free = False
+        going = [key for key, (adapter, _) in self._kept_out.items() if not self._must_wait(adapter, now_s)]
+        for key in going:
+            self._enter(key, *self._kept_out.pop(key))
+        return going
+
+    def _enter(self, key: K, adapter: str, came_s: float) -> None:
+        self._adapters[key] = adapter
+        self._waiting.setdefault(adapter, {})[key] = came_s
+
+    def _no_longer_waits(self, key: K, adapter: str) -> None:
+        waiting = self._waiting[adapter]
+        del waiting[key]
+        if not waiting:
+            del self._waiting[adapter]
+
+    def _must_wait(self, adapter: str, now_s: float) -> bool:
+        if len({adapter} | self._waiting.keys() | self._running.keys()) <= self._slots:
+            return False
+        starving = [name for name in self._waiting if self._starves(name, now_s)]
+        return bool(starving) and adapter not in starving
+
+    def _starves(self, adapter: str, now_s: float) -> bool:
+        if adapter in self._running:
+            return False
+        came_s = next(iter(self._waiting[adapter].values()))
+        return now_s - max(came_s, self._turn_s, self._begun_s.get(adapter, came_s)) >= self._patience_s

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_common.errors import FailedPrecondition, Internal, InvalidRequest, Unavailable
-from omni_engine.adapters import AdapterSlots
+from omni_engine.adapters import AdapterSlots, AdapterTurns
 from omni_engine.ports import (
     DecodeJob,
     EngineInfo,
@@ -84,7 +84,7 @@ class VllmEngine:
         self._settings = settings
         self._plan = plan_launch(settings, model_dir, model, role, adapters)
         self._model = model
-        self._tracker = Tracker(AdapterSlots(self._plan.adapter_slots))
+        self._tracker = Tracker(AdapterSlots(self._plan.adapter_slots), AdapterTurns(self._plan.adapter_slots))
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -189,6 +189,7 @@ class VllmEngine:
                 work.done.cancel()
         if core_ids and not self._dead.done():
             await self._llm.engine_core.abort_requests_async(core_ids)
+            await self._admit()
 
     def stats(self) -> EngineStats:
         return self._tracker.stats(self._leases.held if self._leases else 0)
@@ -251,6 +252,7 @@ class VllmEngine:
             while True:
                 for orphan in self._tracker.step(await core.get_output_async()):
                     self._disown(orphan)
+                await self._admit()
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -268,7 +270,8 @@ class VllmEngine:
     async def _add(self, job: PrefillJob | DecodeJob, params: Any, work: PendingPrefill | RunningSequence) -> None:
         core_id = work.core_id
         request = self._core_request(core_id, job, params)
-        self._tracker.add(work)
+        if not self._tracker.add(work, request):
+            return
         try:
             await self._llm.engine_core.add_request_async(request)
         except asyncio.CancelledError:
@@ -277,6 +280,11 @@ class VllmEngine:
         except Exception:
             self._tracker.drop(core_id)
             raise
+
+    async def _admit(self) -> None:
+        """Give vLLM the requests whose adapter's turn has come."""
+        for request in self._tracker.admitted(time.monotonic()):
+            await self._llm.engine_core.add_request_async(request)
 
     def _core_request(self, core_id: str, job: PrefillJob | DecodeJob, params: Any) -> Any:
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(job.token_ids)}
@@ -331,7 +339,11 @@ class VllmEngine:
 
     async def _abandon(self, core_id: str) -> None:
         if self._tracker.drop(core_id) is not None and not self._dead.done():
-            await asyncio.shield(self._llm.engine_core.abort_requests_async([core_id]))
+            await asyncio.shield(self._taken_back(core_id))
+
+    async def _taken_back(self, core_id: str) -> None:
+        await self._llm.engine_core.abort_requests_async([core_id])
+        await self._admit()
 
     def _require_leases(self) -> Leases:
         if self._dead.done():

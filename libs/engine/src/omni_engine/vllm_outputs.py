@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_engine import ports
-from omni_engine.adapters import AdapterSlots
+from omni_engine.adapters import AdapterSlots, AdapterTurns
 from omni_engine.ports import EngineStats, FinishReason, Logprobs, SequenceOutput, SequenceStart, StepSink, Timings
 
 _REASONS = {
@@ -22,7 +22,10 @@ _IDLE_GAP_S = 1.0
 
 @dataclass(slots=True)
 class PendingPrefill:
-    """A prompt being computed; `done` gets vLLM's only output for it. `core_id` is vLLM's name of it."""
+    """A prompt being computed; `done` gets vLLM's only output for it. `core_id` is vLLM's name of it.
+
+    `kept_out` is vLLM's request, as long as it waits for its adapter's turn.
+    """
 
     core_id: str
     request_id: str
@@ -30,11 +33,15 @@ class PendingPrefill:
     submitted_s: float
     done: asyncio.Future[tuple[Any, float]]
     adapter: str = ""
+    kept_out: Any = None
 
 
 @dataclass(slots=True)
 class RunningSequence:
-    """`num_tokens` were submitted, `believed_tokens` of them count as queued until the first token."""
+    """`num_tokens` were submitted, `believed_tokens` of them count as queued until the first token.
+
+    `kept_out` is vLLM's request, as long as it waits for its adapter's turn.
+    """
 
     core_id: str
     request_id: str
@@ -50,6 +57,7 @@ class RunningSequence:
     cached_tokens: int = 0
     pulled_tokens: int = 0
     has_started: bool = False
+    kept_out: Any = None
 
 
 @dataclass(slots=True)
@@ -57,6 +65,7 @@ class Tracker:
     """Work in flight by vLLM's request id, and the counters `EngineStats` is read from."""
 
     slots: AdapterSlots = field(default_factory=AdapterSlots)
+    turns: AdapterTurns[str] = field(default_factory=AdapterTurns)
     prefills: dict[str, PendingPrefill] = field(default_factory=dict)
     sequences: dict[str, RunningSequence] = field(default_factory=dict)
     queued_tokens: int = 0
@@ -77,19 +86,33 @@ class Tracker:
     _last_step_s: dict[int, float] = field(default_factory=dict)
     _is_busy: bool = False
 
-    def add(self, work: PendingPrefill | RunningSequence) -> None:
+    def add(self, work: PendingPrefill | RunningSequence, request: Any = None) -> bool:
+        """Whether vLLM may have the request now; if not, `admitted` gives it later."""
         self.queued_tokens += work.believed_tokens
         self.slots.enter(work.adapter)
+        may_go = self.turns.comes(work.core_id, work.adapter, work.submitted_s)
+        work.kept_out = None if may_go else request
         if isinstance(work, PendingPrefill):
             self.prefills[work.core_id] = work
         else:
             self.sequences[work.core_id] = work
+        return may_go
+
+    def admitted(self, now_s: float) -> list[Any]:
+        """Requests whose adapter's turn has come, for vLLM to have now."""
+        requests = []
+        for core_id in self.turns.admitted(now_s):
+            work = self.prefills.get(core_id) or self.sequences[core_id]
+            requests.append(work.kept_out)
+            work.kept_out = None
+        return requests
 
     def drop(self, core_id: str) -> PendingPrefill | RunningSequence | None:
         """Forget work that will give no further output."""
         work = self.prefills.pop(core_id, None) or self.sequences.pop(core_id, None)
         if work is not None:
             self.slots.leave(work.adapter)
+            self.turns.leaves(core_id)
         if isinstance(work, RunningSequence) and work.has_started:
             self.context_tokens -= work.num_tokens + work.generated
         elif work is not None:
@@ -129,6 +152,7 @@ class Tracker:
             prefill.done.cancel()
         self.sequences.clear()
         self.prefills.clear()
+        self.turns = AdapterTurns()
         self.queued_tokens = self.context_tokens = self.running = self.waiting = 0
         self._is_busy = False
         for sink, batch in by_sink.items():
@@ -137,7 +161,7 @@ class Tracker:
     def stats(self, leases: int) -> EngineStats:
         return EngineStats(
             running=self.running,
-            waiting=self.waiting,
+            waiting=self.waiting + self.turns.kept_out,
             queued_tokens=self.queued_tokens,
             kv_usage=self.kv_usage,
             leases=leases,
@@ -201,6 +225,8 @@ class Tracker:
             return False
         self.queued_tokens -= prefill.believed_tokens
         self.slots.leave(prefill.adapter)
+        self.turns.begins(prefill.core_id, timestamp_s)
+        self.turns.leaves(prefill.core_id)
         self.generated_tokens += len(output.new_token_ids)
         if (stats := output.prefill_stats) is not None:
             self.computed_prompt_tokens += stats.num_computed_tokens
@@ -216,6 +242,7 @@ class Tracker:
         result = SequenceOutput(sequence.request_id, tokens)
         if tokens and not sequence.has_started:
             sequence.has_started = True
+            self.turns.begins(sequence.core_id, timestamp_s)
             self.queued_tokens -= sequence.believed_tokens
             self.context_tokens += sequence.num_tokens
             result.start = _start(sequence, timestamp_s)

@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+from omni_engine.adapters import AdapterTurns
 from omni_engine.ports import KvHandle
 from omni_engine.sim.blocks import BlockPool, chain_hashes
 from omni_engine.sim.sequence import SimSequence
@@ -36,22 +37,28 @@ class Step:
 class Scheduler:
     """Owns the queue and the batch. A sequence is in exactly one of waiting, pulling, running, or in none.
 
-    Those pulling and running have at most `adapter_slots` different adapters.
+    Those pulling and running have at most `adapter_slots` different adapters, which take turns.
     """
 
     def __init__(self, settings: SimSettings, adapter_slots: int = 0) -> None:
         self._settings = settings
         self._slots = Slots(adapter_slots)
+        self._turns = AdapterTurns[SimSequence](adapter_slots)
         self.pool = BlockPool(settings.num_blocks, settings.block_size)
         self.waiting: deque[SimSequence] = deque()
         self.running: list[SimSequence] = []
         self.pulling: list[SimSequence] = []
 
     def add(self, sequence: SimSequence) -> None:
+        self._turns.comes(sequence, sequence.adapter, sequence.arrived_s)
         self.waiting.append(sequence)
 
     def remove(self, sequence: SimSequence) -> list[int]:
         """Take a sequence out; its blocks become the caller's."""
+        self._turns.leaves(sequence)
+        return self._take_out(sequence)
+
+    def _take_out(self, sequence: SimSequence) -> list[int]:
         for place in (self.running, self.pulling, self.waiting):
             if sequence in place:
                 place.remove(sequence)
@@ -108,9 +115,10 @@ class Scheduler:
 
     def _admit(self, step: Step, budget: int, now_s: float) -> None:
         in_use, passed_over = self._adapters_in_use, list[SimSequence]()
+        self._turns.admitted(now_s)
         while self.waiting and budget > 0 and self._in_batch < self._settings.max_num_seqs:
             sequence = self.waiting[0]
-            if not self._slots.has_room(sequence.adapter, in_use):
+            if self._turns.keeps_out(sequence) or not self._slots.has_room(sequence.adapter, in_use):
                 passed_over.append(self.waiting.popleft())
                 continue
             if not self._place(sequence):
@@ -120,6 +128,7 @@ class Scheduler:
                 in_use.add(sequence.adapter)
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = now_s
+                self._turns.begins(sequence, now_s)
             if sequence.handle is not None:
                 self.pulling.append(sequence)
                 step.pulls.append((sequence, sequence.handle))
@@ -159,7 +168,7 @@ class Scheduler:
         needed = -(-(sequence.computed + count) // self._settings.block_size) - len(sequence.blocks)
         while needed > 0 and (fresh := self.pool.allocate(needed)) is None:
             youngest = self.running[-1]
-            self.pool.release(self.remove(youngest))
+            self.pool.release(self._take_out(youngest))
             self.waiting.appendleft(youngest)
             if youngest is sequence:
                 return False
