@@ -136,6 +136,14 @@ def test_without_a_request_the_latest_are_listed(proxy: Any) -> None:
     assert proxy.asked == ["/decisions?limit=10"]
 
 
+def test_the_list_names_adapters_where_some_request_does(proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *rest = LATEST["decisions"]
+    monkeypatch.setitem(LATEST, "decisions", [first | {"adapter": "poet"}, *rest])
+    rows = _rows(_explain(proxy).output)
+    assert rows[0][3] == "adapter"
+    assert rows[1][3:7] == ["200", "poet", "p1", "d0"] and rows[2][4] == "-"
+
+
 @pytest.mark.parametrize(("arguments", "page"), [(("r/1 ?",), ONE), ((), LATEST)])
 def test_json_is_the_page(proxy: Any, arguments: tuple[str, ...], page: object) -> None:
     assert json.loads(_explain(proxy, *arguments, "--json").output) == page

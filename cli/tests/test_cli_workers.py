@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
 from omni_cli.main import app
+from omni_cli.workers_commands import _show
 
 MODEL_DIR = Path(__file__).resolve().parents[2] / "models" / "tiny-moe"
 LOAD = {"running": 3, "waiting": 1, "queued_tokens": 512, "kv_usage": 0.25}
@@ -148,7 +149,21 @@ def test_the_list_shows_roles_groups_and_load(url: str) -> None:
     assert list(rows) == ["worker", "p0", "d0", "d1"]
     assert rows["d0"] == ["d0", "decode", "west", "3", "1", "512", "25%", "2", "0.50"]
     assert rows["p0"][-1] == "unreachable"
+    assert "adapters" not in shown
     assert json.loads(omni("--url", url, "--json")[1])["model"] == "m"
+
+
+def test_adapters_are_shown_where_there_are_some(capsys: pytest.CaptureFixture[str]) -> None:
+    load = LOAD | {"adapters": ["sql", "old"]}
+    many = {"adapters": ["a", "b", "c", "poet", "sql"], "load": load}
+    alike = {"address": "x:1", "role": "decode", "load": LOAD, "refusal": None, "in_flight": {"requests": 0}}
+    workers = [
+        alike | {"id": name} | more
+        for name, more in (("d0", many), ("d1", {"adapters": ["poet"]}), ("d2", {"refusal": "draining"}))
+    ]
+    _show({"workers": workers})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[7:] for row in rows[1:]] == [["sql*,", "a,", "b,", "c,", "1", "more"], ["poet"], ["draining"]]
 
 
 def test_workers_of_the_settings_that_do_not_answer_are_shown_with_their_address(proxy: str, nobody: str) -> None:

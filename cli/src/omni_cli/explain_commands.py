@@ -64,13 +64,16 @@ EXPLAIN_EPILOG = examples("omni explain", "omni explain my-request-7", "omni exp
 
 
 def _show_latest(requests: Sequence[Mapping[str, Any]], console: Console) -> None:
-    table = borderless(("request", "arrived", "status", "prefill", "decode", "reason", "predicted", "seen"))
+    has_adapters = any(request.get("adapter") for request in requests)
+    adapters = ("adapter",) if has_adapters else ()
+    table = borderless(("request", "arrived", "status", *adapters, "prefill", "decode", "reason", "predicted", "seen"))
     for request in requests:
         decision = request["decision"] or {}
         table.add_row(
             escape(request["request_id"]),
             _clock(request),
             _status(request),
+            *((escape(request.get("adapter") or UNKNOWN),) if has_adapters else ()),
             escape(decision.get("prefill") or UNKNOWN),
             escape(decision.get("decode") or UNKNOWN),
             decision.get("reason", UNKNOWN),

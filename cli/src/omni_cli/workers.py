@@ -37,6 +37,8 @@ class SeenWorker:
     queued_tokens: int
     kv_usage: float
     in_flight: int
+    adapters: Mapping[str, bool]
+    """LoRA adapters by name, and whether each lies in a slot; those that do come first."""
     saturation: float | None
     refusal: str | None
 
@@ -115,7 +117,8 @@ def unmet_workers(page: Mapping[str, Any]) -> list[UnmetWorker]:
 
 
 def _seen(entry: Mapping[str, Any]) -> SeenWorker:
-    load = entry["load"]
+    load, served = entry["load"], entry.get("adapters", ())
+    in_slots = frozenset(load.get("adapters", ()))
     return SeenWorker(
         worker_id=entry["id"],
         role=entry["role"],
@@ -126,6 +129,7 @@ def _seen(entry: Mapping[str, Any]) -> SeenWorker:
         queued_tokens=load["queued_tokens"],
         kv_usage=load["kv_usage"],
         in_flight=entry["in_flight"]["requests"],
+        adapters={name: name in in_slots for name in sorted(served, key=lambda name: (name not in in_slots, name))},
         saturation=entry.get("saturation"),
         refusal=entry["refusal"],
     )

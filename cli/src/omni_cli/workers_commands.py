@@ -16,7 +16,9 @@ from omni_common.command import examples
 
 EXIT_NOT_EMPTY = 3
 PIPE_WIDTH = 200
-HEADINGS = ("worker", "role", "group", "running", "waiting", "queued", "KV", "in flight", "saturation", "")
+LOAD = ("worker", "role", "group", "running", "waiting", "queued", "KV", "in flight", "saturation")
+MOST_ADAPTERS = 4
+"""Named in a row; of more, how many."""
 
 workers_app = typer.Typer()
 
@@ -36,7 +38,8 @@ def show(
 ) -> None:
     """The workers: role, group, load, what this proxy has in flight there, and why one takes no work.
 
-    `queued` counts prompt tokens to be computed; `load` is the worker's own account, `in flight` the proxy's.
+    `queued` counts prompt tokens to be computed; `load` is the worker's own account, `in flight` the proxy's. Of LoRA
+    adapters, [bold]*[/] marks those in the engine's slots.
     A worker of the proxy's settings that has not answered yet is shown by its address, with the reason.
     """
     if context.invoked_subcommand is not None:
@@ -49,12 +52,15 @@ def show(
 
 
 def _show(page: Mapping[str, Any]) -> None:
-    table = borderless(HEADINGS)
-    for worker in seen_workers(page):
-        table.add_row(*_row(worker))
-    unmet = unmet_workers(page)
+    workers, unmet = seen_workers(page), unmet_workers(page)
+    has_adapters = any(worker.adapters for worker in workers)
+    headings = (*LOAD, *(("adapters",) if has_adapters else ()), "")
+    table = borderless(headings)
+    for worker in workers:
+        adapters = (_adapters(worker),) if has_adapters else ()
+        table.add_row(*_load(worker), *adapters, worker.refusal or "")
     for one in unmet:
-        table.add_row(escape(one.address), *[""] * (len(HEADINGS) - 2), escape(one.refusal))
+        table.add_row(escape(one.address), *[""] * (len(headings) - 2), escape(one.refusal))
     # Names are not cut short in a pipe.
     console = Console(width=None if Console().is_terminal else PIPE_WIDTH)
     console.print(table, highlight=False)
@@ -62,7 +68,7 @@ def _show(page: Mapping[str, Any]) -> None:
         console.print(escape(f"{one.address}: {one.state}"), highlight=False, soft_wrap=True)
 
 
-def _row(worker: SeenWorker) -> tuple[str, ...]:
+def _load(worker: SeenWorker) -> tuple[str, ...]:
     return (
         worker.worker_id,
         worker.role,
@@ -73,8 +79,13 @@ def _row(worker: SeenWorker) -> tuple[str, ...]:
         f"{worker.kv_usage:.0%}",
         str(worker.in_flight),
         "" if worker.saturation is None else f"{worker.saturation:.2f}",
-        worker.refusal or "",
     )
+
+
+def _adapters(worker: SeenWorker) -> str:
+    names = [f"{name}*" if in_slot else name for name, in_slot in worker.adapters.items()]
+    more = len(names) - MOST_ADAPTERS
+    return escape(", ".join([*names[:MOST_ADAPTERS], *([f"{more} more"] if more > 0 else ())]))
 
 
 @workers_app.command(

@@ -76,6 +76,14 @@ def test_names_that_nobody_serves_are_forgotten_in_order():
     assert all(name in known for name in "12345") and "a" not in known, "what is served is never forgotten"
 
 
+def test_an_adapter_that_nobody_can_ask_for_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    known = KnownAdapters(taken=("tiny", "gpt"))
+    for served in (["gpt", "poet"], ["gpt", "poet", "sql"], ["gpt", "tiny"]):
+        known.told(frozenset(served))
+    told = [getattr(record, "adapter", None) for record in caplog.records]
+    assert told == ["gpt", "tiny"]
+
+
 # A request's way
 
 

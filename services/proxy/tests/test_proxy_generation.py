@@ -215,6 +215,8 @@ async def test_a_submit_that_everyone_rejects_keeps_its_reason(start):
     stack = await start("d", reject=("RESOURCE_EXHAUSTED", "full", ""))
     response = await stack.chat()
     assert (response.status_code, response.json()["error"]["message"]) == (429, "full")
+    assert (int(response.headers["retry-after"]), response.headers["x-omni-dropped-reason"]) == (1, "rejected")
+    assert stack.metric("omni_proxy_dropped_total", reason="rejected") == 1
 
 
 async def test_blocks_that_everyone_rejects_are_freed(start):

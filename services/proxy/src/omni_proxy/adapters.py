@@ -1,15 +1,27 @@
 """LoRA adapters by name: those that workers serve, and those that some have served."""
 
+import logging
 from collections.abc import Callable, Collection
+
+log = logging.getLogger(__name__)
 
 _MOST = 1024
 
 
 class KnownAdapters:
-    """Names that workers have told. What nobody serves any more is forgotten when there are more than `most`."""
+    """Names that workers have told. What nobody serves any more is forgotten when there are more than `most`.
 
-    def __init__(self, most: int = _MOST, on_forgotten: Callable[[str], None] | None = None) -> None:
+    An adapter that is called like one of `taken`, the model's own names, is out of reach; a log line says so.
+    """
+
+    def __init__(
+        self,
+        most: int = _MOST,
+        on_forgotten: Callable[[str], None] | None = None,
+        taken: Collection[str] = (),
+    ) -> None:
         self._most = most
+        self._taken = frozenset(taken)
         self._on_forgotten = on_forgotten
         self._names: dict[str, None] = {}
         self._served: frozenset[str] = frozenset()
@@ -27,6 +39,10 @@ class KnownAdapters:
         """What all workers together serve now."""
         if self._served == served:
             return
+        for name in sorted(self._taken.intersection(served) - self._served):
+            log.warning(
+                "an adapter is named as the model or an alias is: nobody can ask for it", extra={"adapter": name}
+            )
         self._served = frozenset(served)
         # The order is that in which they were served last.
         self._names = {name: None for name in self._names if name not in self._served} | dict.fromkeys(self._served)

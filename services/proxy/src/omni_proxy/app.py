@@ -140,7 +140,7 @@ def _fleet(settings: Settings, config: ScheduleConfig, metrics: Metrics) -> Flee
         times=lambda columns: WorkerTimes(columns, make=config.predictor.make()),
         health=health,
         saw_step=lambda seen: metrics.predicted("step", seen),
-        adapters=KnownAdapters(on_forgotten=metrics.forget_adapter),
+        adapters=KnownAdapters(on_forgotten=metrics.forget_adapter, taken=(settings.model, *settings.model_aliases)),
     )
 
 

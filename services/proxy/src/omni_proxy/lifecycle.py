@@ -8,7 +8,7 @@ turn -> decide -> prefill p -> first token out -> submit to d -> tokens ... fini
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 
-from omni_common.errors import InvalidRequest, Unavailable
+from omni_common.errors import InvalidRequest, ResourceExhausted, Unavailable
 from omni_proxy.continuation import FirstToken, first_token_source
 from omni_proxy.course import Course
 from omni_proxy.decoding import ENDED, Decoding
@@ -57,11 +57,12 @@ class SequenceRun:
             async with aclosing(self._decoded(show)) as batches:
                 async for batch in batches:
                     yield batch
-        except Unavailable as error:
+        except (Unavailable, ResourceExhausted) as error:
             gate = course.scheduler.gate
-            # A leg that broke does not say when to come again.
-            if gate is not None and turn is not None and not course.sent and error.retry_after_s is not None:
-                gate.refused(error)
+            # A leg that broke does not say when to come again; a worker that is full need not.
+            is_refusal = error.retry_after_s is not None or isinstance(error, ResourceExhausted)
+            if gate is not None and turn is not None and not course.sent and is_refusal:
+                gate.refused(turn, error)
             raise
         finally:
             course.record.ended((course.now() - course.job.arrived) * 1e3, len(course.sent))

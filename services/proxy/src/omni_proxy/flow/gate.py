@@ -72,6 +72,7 @@ class Turn:
     has_waited: bool
     """Others ran meanwhile, even if it took no time."""
     reason: Release
+    ticket: Ticket
     _ended: Callable[[int], None]
 
     def ended(self, tokens: int) -> None:
@@ -152,9 +153,11 @@ class FlowGate:
             self._waits_no_more(ticket.adapter)
         return self._turn(ticket, now, reason, has_waited=True)
 
-    def refused(self, error: OmniError) -> None:
-        """Count a request that had its turn and for which a filter or the policy then left no worker."""
-        self._metrics.dropped.labels(error.reason).inc()
+    def refused(self, turn: Turn, error: OmniError) -> None:
+        """Count a request that had its turn and then found no worker, be it that a filter or the policy left none or
+        that they were full, and tell when to come again."""
+        seconds = self._retry_after_s(turn.ticket) if error.retry_after_s is None else error.retry_after_s
+        self._refusal(error, seconds)
 
     def poke(self) -> None:
         """Something changed: look again in the next pass of the loop."""
@@ -431,7 +434,7 @@ class FlowGate:
             excess = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
             self._queue.settle(ticket, excess, self._timers.time())
 
-        return Turn(waited_s * 1e3, has_waited, reason, ended)
+        return Turn(waited_s * 1e3, has_waited, reason, ticket, ended)
 
     def _watch(self) -> None:
         queue = self._queue

@@ -10,6 +10,14 @@ from omni_proxy.readings import Readings
 _HOLD = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
+DROPPED = (
+    "queue_full", "held_back", "band_full", "tenant_queue_full", "queue_ttl", "slo_out_of_reach", "displaced",
+    "no_decode_worker", "no_adapter", "filtered_out", "rejected", "deadline", "cancelled", "requests_per_minute",
+    "tokens_per_minute", "tokens_per_day", "tenant_in_flight",
+)  # fmt: skip
+"""Why requests come to no worker; `rejected`: all workers were full. Plug-ins may have reasons of their own."""
+
+
 class Release(StrEnum):
     """Why a request was let go to the workers."""
 
@@ -42,6 +50,8 @@ class FlowMetrics:
             "omni_proxy_tenant_refusals", "Above a rate or quota", ["tenant", "reason"], registry=registry
         )
         self.dropped = Counter("omni_proxy_dropped", "Requests that came to no worker", ["reason"], registry=registry)
+        for reason in DROPPED:
+            self.dropped.labels(reason)
 
     def watch(
         self,
