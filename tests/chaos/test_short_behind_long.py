@@ -2,12 +2,8 @@
 
 import asyncio
 import statistics
-import sys
 from contextlib import aclosing
-from pathlib import Path
 from unittest.mock import patch
-
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import virtual_loop
 from fleet import MODEL, FleetChaos, Scenario
