@@ -81,7 +81,7 @@ class World:
         """As a leg does it: what is ahead is noted before the prompt itself is charged."""
         slot, truth = self.columns.slot(name), self.truths[name]
         features = prompt_features(new, cached)
-        work = self.times.work_ahead(slot, self.now_s) + features
+        work = self.times.work_ahead(slot, self.now_s)[0] + features
         charge = self.ledger.charge(name, (new, cached))
         charge.__enter__()
         takes_ms = float(np.dot(truth.ms, features)) * max(0.1, self.draw.gauss(1.0, truth.noise))
@@ -245,9 +245,34 @@ def test_the_work_of_others_counts_as_prompts_like_one_another(prompts: int) -> 
     slot = world.columns.slot("w")
     world.columns.others_prefills[slot], world.columns.others_uncached_tokens[slot] = prompts, 3000
     assert world.backlog_ms("w") == pytest.approx(prompts * world.prefill_ms("w", 3000 // prompts))
-    ahead = world.times.work_ahead(slot, 0.0)
+    ahead, _ = world.times.work_ahead(slot, 0.0)
     with world.ledger.charge("w", (500, 100)):
-        assert world.times.work_ahead(slot, 0.0) == pytest.approx(ahead + prompt_features(500, 100))
+        assert world.times.work_ahead(slot, 0.0)[0] == pytest.approx(ahead + prompt_features(500, 100))
+
+
+def test_bringing_adapters_in_is_waited_for_and_not_learned_as_prompts() -> None:
+    """Every second prompt brings an adapter into a slot first, for four times as long as it takes itself."""
+    world, load_ms = World(), 400.0
+    world.join("w")
+    slot = world.columns.slot("w")
+    for number in range(60):
+        load = load_ms * (number % 2)
+        ahead, loads_ms = world.times.work_ahead(slot, world.now_s)
+        assert loads_ms == 0
+        features = prompt_features(1000, 0)
+        seen_ms = load + 5.0 + 0.1 * 1000
+        with world.ledger.charge("w", (1000, 0), load_ms=load):
+            total_ms = world.prefill_ms("w", 1000) + load
+            assert world.backlog_ms("w") == pytest.approx(total_ms)
+            world.now_s += total_ms / 2e3
+            assert world.backlog_ms("w") == pytest.approx(total_ms / 2), "it goes down as time passes"
+            _, behind_ms = world.times.work_ahead(slot, world.now_s)
+            assert behind_ms == pytest.approx(load / 2)
+        seen = world.times.saw_prompt(slot, ahead + features, seen_ms, loads_ms + load)
+        assert seen is not None and seen.seen_ms == seen_ms
+        assert world.columns.own_load_ms[slot] == 0
+    assert seen.error < 0.01
+    assert world.prefill_ms("w", 1000) == pytest.approx(105.0, rel=0.02)
 
 
 def test_prompts_that_others_have_computed_alone_are_work_too() -> None:

@@ -52,6 +52,7 @@ from omni_engine.vllm_outputs import (
 )
 from omni_engine.vllm_pattern import KEY as PATTERN_KEY
 from omni_engine.vllm_pattern import groups_of_prefix
+from omni_engine.vllm_ports import KV_PORT_VARIABLE, held_port
 from omni_engine.vllm_sampling import sampling_params
 from omni_engine.vllm_settings import VllmSettings
 from omni_engine.vllm_speculation import check_sampling
@@ -107,13 +108,10 @@ class VllmEngine:
         if self._plan.events_dir:
             self._plan.events_dir.mkdir(mode=0o700)
             self._events = EventStream(self._plan.events_endpoint, self._plan.replay_endpoint)
-        try:
-            async with asyncio.timeout(self._settings.start_timeout_s):
-                self._llm = await asyncio.to_thread(build, self._plan, self._settings)
-        except TimeoutError:
-            raise Internal(f"vLLM did not start within {self._settings.start_timeout_s:.0f} s") from None
-        except Exception as error:
-            raise Internal(f"vLLM did not start: {type(error).__name__}: {error}") from error
+        # Where the port of its side channel is taken, vLLM waits for its listener for ever.
+        with held_port(self._settings.kv_host, self._settings.kv_port) as kv_port:
+            os.environ[KV_PORT_VARIABLE] = str(kv_port)
+            await self._build()
         groups = await self._kv_groups()
         self._event_reader = EventReader(groups)
         self._info = describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups)
@@ -130,6 +128,15 @@ class VllmEngine:
             await self._take_adapters()
         if self._settings.expert_parallel:
             self._experts = await self._take_experts()
+
+    async def _build(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                self._llm = await asyncio.to_thread(build, self._plan, self._settings)
+        except TimeoutError:
+            raise Internal(f"vLLM did not start within {self._settings.start_timeout_s:.0f} s") from None
+        except Exception as error:
+            raise Internal(f"vLLM did not start: {type(error).__name__}: {error}") from error
 
     async def prefill(self, job: PrefillJob) -> PrefillResult:
         leases = self._require_leases()

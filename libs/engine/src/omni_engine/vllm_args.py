@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -208,7 +207,6 @@ def _kv_transfer(settings: VllmSettings, role: Role, engine_id: str) -> dict[str
 def _environment(settings: VllmSettings) -> dict[str, str]:
     environment = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": settings.kv_host,
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(settings.kv_port or _free_port(settings.kv_host)),
         "UCX_TLS": settings.kv_transports,
         "UCX_NET_DEVICES": settings.kv_net_devices,
         # vLLM sets it too, but only where nixl has not been imported yet; our plugin imports it.
@@ -291,10 +289,3 @@ def _check_cores(settings: VllmSettings) -> None:
             f"vllm.cores names the cores of {given} ranks, '|' between them; there are {settings.num_ranks}",
             field="vllm.cores",
         )
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -72,6 +72,12 @@ class Foresight:
         """Tokens that the worker has to compute or load."""
         return len(self._prompt) + generated - self.cached_tokens(worker)
 
+    def _load_ms(self, worker: Worker) -> float:
+        """What bringing the adapter into a slot there takes."""
+        if not self._adapter or self._view is None or worker.id not in self._rows:
+            return 0.0
+        return float(self._view.adapter_ms[self._rows[worker.id]])
+
     def attributes(self, worker: Worker) -> Mapping[str, Attribute]:
         row = self._rows.get(worker.id)
         if self._view is None or row is None:
@@ -87,11 +93,11 @@ class Foresight:
     def compute_on(self, worker: Worker, output_tokens: int, generated: int = 0) -> "Computing":
         """The worker is to compute the prompt and what was `generated`: a charge, with the learning that follows."""
         slot = self._fleet.columns.slot(worker.id)
-        ahead = self._fleet.times.work_ahead(slot, self._now())
-        cached = self.cached_tokens(worker)
+        ahead, loads_ms = self._fleet.times.work_ahead(slot, self._now())
+        cached, load_ms = self.cached_tokens(worker), self._load_ms(worker)
         uncached = len(self._prompt) + generated - cached
-        charge = self._fleet.ledger.charge(worker.id, (uncached, cached), output_tokens)
-        return Computing(self._fleet, slot, ahead, len(self._prompt) + generated, charge)
+        charge = self._fleet.ledger.charge(worker.id, (uncached, cached), output_tokens, load_ms)
+        return Computing(self._fleet, slot, ahead, loads_ms + load_ms, len(self._prompt) + generated, charge)
 
     def mark(self, worker: Worker) -> AbstractContextManager[Mark]:
         """The worker is about to compute the prompt."""
@@ -113,12 +119,16 @@ class Foresight:
 
 
 class Computing:
-    """A prompt on its way through one worker. A context that settles what it still holds when it ends."""
+    """A prompt on its way through one worker. A context that settles what it still holds when it ends.
 
-    def __init__(self, fleet: Fleet, slot: int, ahead: Floats, tokens: int, charge: Charge) -> None:
+    `ahead` are the features of what the worker computes before it, `loads_ms` what adapters take, its own included.
+    """
+
+    def __init__(self, fleet: Fleet, slot: int, ahead: Floats, loads_ms: float, tokens: int, charge: Charge) -> None:
         self._fleet = fleet
         self._slot = slot
         self._ahead = ahead
+        self._loads_ms = loads_ms
         self._tokens = tokens
         self.charge = charge
 
@@ -133,4 +143,4 @@ class Computing:
         """The worker computed it in `took_ms`, waiting included, and had found so many tokens cached."""
         self.charge.computed()
         work = self._ahead + prompt_features(max(0, self._tokens - cached_tokens), cached_tokens)
-        return self._fleet.times.saw_prompt(self._slot, work, took_ms)
+        return self._fleet.times.saw_prompt(self._slot, work, took_ms, self._loads_ms)

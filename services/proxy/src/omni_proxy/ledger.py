@@ -30,16 +30,24 @@ class InFlight:
 class Charge:
     """One leg on one worker. A context: what is still charged when it ends is settled then."""
 
-    __slots__ = ("_answer", "_columns", "_now", "_output", "_received", "_slot", "_uncached", "_work")
+    __slots__ = ("_answer", "_columns", "_load_ms", "_now", "_output", "_received", "_slot", "_uncached", "_work")
 
     def __init__(
-        self, columns: Columns, slot: int, now: Callable[[], float], uncached: int, work: Floats, output: int
+        self,
+        columns: Columns,
+        slot: int,
+        now: Callable[[], float],
+        uncached: int,
+        work: Floats,
+        output: int,
+        load_ms: float,
     ) -> None:
         self._columns = columns
         self._slot = slot
         self._now = now
         self._uncached = uncached
         self._work = work
+        self._load_ms = load_ms
         self._output = output
         self._answer = output
         self._received = 0
@@ -58,6 +66,8 @@ class Charge:
             columns.own_prefills[slot] += 1
             columns.own_uncached_tokens[slot] += self._uncached
             columns.own_work[slot] += self._work
+            if self._load_ms:
+                columns.own_load_ms[slot] += self._load_ms
         return self
 
     def computed(self) -> None:
@@ -69,6 +79,8 @@ class Charge:
         columns.own_uncached_tokens[slot] -= self._uncached
         # Sums of floats that went in and out need not end at zero.
         columns.own_work[slot] = columns.own_work[slot] - self._work if columns.own_prefills[slot] else 0.0
+        if self._load_ms:
+            columns.own_load_ms[slot] = columns.own_load_ms[slot] - self._load_ms if columns.own_prefills[slot] else 0.0
         columns.busy_since_s[slot] = self._now()
         self._work, self._uncached = _NO_WORK, 0
 
@@ -115,14 +127,17 @@ class Ledger:
             int(columns.dispatched[slot]),
         )
 
-    def charge(self, worker_id: str, prompt: tuple[int, int] | None = None, output_tokens: int = 0) -> Charge:
+    def charge(
+        self, worker_id: str, prompt: tuple[int, int] | None = None, output_tokens: int = 0, load_ms: float = 0.0
+    ) -> Charge:
         """Hold one leg against a worker.
 
-        `prompt` is (uncached tokens, cached tokens) where the worker is to compute it; `output_tokens` are expected.
+        `prompt` is (uncached tokens, cached tokens) where the worker is to compute it, `load_ms` what bringing its
+        adapter into a slot takes; `output_tokens` are expected.
         """
         slot = self._columns.slot(worker_id)
         work = _NO_WORK if prompt is None else prompt_features(*prompt)
-        return Charge(self._columns, slot, self._now, prompt[0] if prompt else 0, work, output_tokens)
+        return Charge(self._columns, slot, self._now, prompt[0] if prompt else 0, work, output_tokens, load_ms)
 
     def forget(self, worker_id: str) -> bool:
         """Drop the account of a worker that is gone. False: something still runs there, ask again."""

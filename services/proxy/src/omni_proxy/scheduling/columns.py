@@ -18,7 +18,9 @@ INTS = (
     OTHERS_PREFILLS, OTHERS_UNCACHED_TOKENS, OTHERS_SEQUENCES, RUNNING, WAITING, CONTEXT_TOKENS,
 ) = range(len(INTS))  # fmt: skip
 """Rows of `Columns.ints`."""
-_FLOATS = {"own_work": (3,), "own_answers": (2,), "busy_since_s": (), "kv_usage": (), "stats_at_s": ()}
+_FLOATS = {
+    "own_work": (3,), "own_load_ms": (), "own_answers": (2,), "busy_since_s": (), "kv_usage": (), "stats_at_s": (),
+}  # fmt: skip
 """Shapes of a slot's entry."""
 
 
@@ -33,6 +35,8 @@ class Columns:
     own_output_tokens: Ints
     own_work: Floats
     """Features of the prompts in flight, summed; see `omni_proxy.scheduling.times`."""
+    own_load_ms: Floats
+    """What bringing the adapters of these prompts into slots takes, summed."""
     own_answers: Floats
     """Legs in flight that generate, and the tokens expected of them from their first to their last."""
     busy_since_s: Floats

@@ -48,7 +48,7 @@ class CostParameters(Parameters):
     )
     max_prefills: int = Field(8, ge=1, description="Of the cheapest, to be paired with every decode worker")
     adapter_weight: float = Field(
-        8.0, ge=0, description="What bringing an adapter into a slot costs, in times of how long it takes"
+        2.0, ge=0, description="What bringing an adapter into a slot costs, in times of how long it takes"
     )
     alike: float = Field(
         0.05, ge=0, le=1, description="Learned times of decode workers that differ by so little are equal"

@@ -41,13 +41,20 @@ def milliseconds(coefficients: Floats, rows: Rows | Ints, features: Floats, long
 
 @kernel
 def remaining(
-    ints: Ints, own_work: Floats, busy_since_s: Floats, slots: Rows | Ints, total_ms: Floats, now_s: float
-) -> Floats:
-    """Prompt features of the work ahead: workers x 3. What passed since the first prompt began is taken off.
+    ints: Ints,
+    own_work: Floats,
+    own_load_ms: Floats,
+    busy_since_s: Floats,
+    slots: Rows | Ints,
+    total_ms: Floats,
+    now_s: float,
+) -> tuple[Floats, Floats]:
+    """Prompt features of the work ahead, workers x 3, and milliseconds of its adapters.
 
-    `total_ms`: what `own_work` takes on each of `slots`.
+    What passed since the first prompt began is taken off. `total_ms`: what own work and adapters take on each of
+    `slots`.
     """
-    work = np.zeros((len(slots), 3))
+    work, load_ms = np.zeros((len(slots), 3)), np.zeros(len(slots))
     for i in range(len(slots)):
         slot = slots[i]
         if total_ms[i] > 0.0:
@@ -55,6 +62,7 @@ def remaining(
             share = max(left_ms, LATE * total_ms[i], -left_ms) / max(total_ms[i], 1e-9)
             for j in range(3):
                 work[i, j] = own_work[slot, j] * share
+            load_ms[i] = own_load_ms[slot] * share
         others = ints[OTHERS_UNCACHED_TOKENS, slot]
         # A prompt that decode computes alone is told by its tokens only.
         prompts = max(ints[OTHERS_PREFILLS, slot], 1 if others > 0 else 0)
@@ -62,7 +70,7 @@ def remaining(
             work[i, 0] += prompts
             work[i, 1] += others
             work[i, 2] += others * (others / prompts) / 2e3
-    return work
+    return work, load_ms
 
 
 @kernel

@@ -5,7 +5,8 @@
     transfer  1, tokens / 1000                             of one pair; one not seen yet is like its connector's others
 
 A prompt's time is observed from its arrival at the worker to its end there, against the prompts ahead of it and its
-own: whatever the worker's batching, in a queue served in order the sum of the work is what passes.
+own: whatever the worker's batching, in a queue served in order the sum of the work is what passes. What it takes to
+bring adapters into slots, as workers tell it, is taken off before and added to what is predicted.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -132,20 +133,21 @@ class WorkerTimes:
                 self._transfer.remove(int(row))
             rows[:] = -1
 
-    def work_ahead(self, slot: int, now_s: float) -> Floats:
-        """Features of what the worker has to compute before a prompt that is sent now."""
-        work: Floats = self._remaining(np.array([slot]), now_s)[0]
-        return work
+    def work_ahead(self, slot: int, now_s: float) -> tuple[Floats, float]:
+        """Features of what the worker has to compute before a prompt that is sent now; milliseconds of its adapters."""
+        work, load_ms = self._remaining(np.array([slot]), now_s)
+        return work[0], float(load_ms[0])
 
-    def saw_prompt(self, slot: int, work: Floats, seen_ms: float) -> Seen | None:
-        """`work`: of what was ahead when the prompt was sent, and of itself."""
+    def saw_prompt(self, slot: int, work: Floats, seen_ms: float, loads_ms: float = 0.0) -> Seen | None:
+        """`work`: of what was ahead when the prompt was sent, and of itself; `loads_ms`: of the adapters of both."""
         known = self._known.get(slot)
         if known is None:
             return None
         self._prompts_seen.add(slot)
         self._strangers.discard(slot)
         row = int(self._prompt_rows[slot])
-        seen = Seen(self._prompt.observe(row, work, seen_ms), seen_ms)
+        # Bringing an adapter in is no prompt's work, and whether it was as long as believed cannot be told.
+        seen = Seen(self._prompt.observe(row, work, seen_ms - loads_ms) + loads_ms, seen_ms)
         if self._prompt.counts(np.array([row]))[0] in _TELLS:
             self._tell(known.kind, self._prompt, self._prompt_rows, self._prompts_seen)
             self._strangers -= self._alike(known.kind)
@@ -196,7 +198,8 @@ class WorkerTimes:
 
     def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Until what is in flight to each worker is computed."""
-        return self._prompt.milliseconds(self._prompt_rows[slots], self._remaining(slots, now_s))
+        work, load_ms = self._remaining(slots, now_s)
+        return self._prompt.milliseconds(self._prompt_rows[slots], work) + load_ms
 
     def free_in_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Until each worker should get more: `backlog_ms`, but a stranger's first prompt is waited for."""
@@ -266,11 +269,14 @@ class WorkerTimes:
         }
         return {name: float(model.confidence(np.array(of)).mean()) if of else 0.0 for name, (model, of) in rows.items()}
 
-    def _remaining(self, slots: Rows | Ints, now_s: float) -> Floats:
-        """Features of the work ahead; what passed since the first prompt began is taken off."""
+    def _remaining(self, slots: Rows | Ints, now_s: float) -> tuple[Floats, Floats]:
+        """Features of the work ahead and milliseconds of its adapters, less what passed since the first began."""
         columns = self._columns
         total_ms = self._prompt.milliseconds(self._prompt_rows[slots], columns.own_work[slots])
-        return kernels.remaining(columns.ints, columns.own_work, columns.busy_since_s, slots, total_ms, now_s)
+        total_ms = total_ms + columns.own_load_ms[slots]
+        return kernels.remaining(
+            columns.ints, columns.own_work, columns.own_load_ms, columns.busy_since_s, slots, total_ms, now_s
+        )
 
     def _ends_to_seat(self, slots: Rows, tokens: int) -> Floats:
         columns = self._columns
