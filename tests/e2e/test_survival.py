@@ -23,6 +23,7 @@ TOKENS = 60
 ENGINES = ("prefill-0", "decode-0")
 CLIENT_TIMEOUT_S = 60.0
 RELOAD_TIMEOUT_S = 240.0
+LEASE_S = 30.0
 
 
 def one_stream(url: str, model: str, number: int) -> str:
@@ -95,6 +96,14 @@ def is_quiet(stack: LiveStack) -> bool:
     return len(workers) == 2 and not any([*held, *charged, float(running[1])])
 
 
+def tried_again(stack: LiveStack) -> float:
+    """Legs that the proxy sent once more, and sequences that it continued elsewhere."""
+    with stack.client() as http:
+        counted = re.findall(r"^omni_proxy_(?:retries|resumes)_total\S* (\S+)", http.get("/metrics").text, re.M)
+    assert len(counted) == 3
+    return sum(map(float, counted))
+
+
 def warmed(stack: LiveStack, outcomes: Counter[str], more: int = 3) -> None:
     before = outcomes["complete"]
     eventually("streams complete", lambda: outcomes["complete"] >= before + more, CLIENT_TIMEOUT_S)
@@ -121,11 +130,13 @@ def test_killed_under_load(stack: LiveStack, part: str) -> None:
             warmed(stack, outcomes, more=2 * STREAMS)
     check(outcomes)
     eventually(f"{part} is back", lambda: is_back(stack, part, victim), RELOAD_TIMEOUT_S)
-    began = time.monotonic()
+    tries, began = tried_again(stack), time.monotonic()
     assert one_stream(stack.url, stack.model, 0) == "complete"
     took_s = time.monotonic() - began
     print(f"{part}: a request completed {took_s:.2f} s after its return")
-    assert took_s < 5
+    # How long it computes depends on what else runs on these cores; it does not wait for the end of a lease.
+    assert tried_again(stack) == tries, "who is back serves at once"
+    assert took_s < LEASE_S
     eventually("everything is released", lambda: is_quiet(stack), 60)
     if part != "decode-0":
         assert not [o for o in outcomes if o.startswith("error: ")], "these deaths cost no request"

@@ -22,6 +22,7 @@ from omni.engine.v1 import engine_pb2
 from omni.kvstore.v1 import kvstore_service_pb2 as pb
 from omni.kvstore.v1.kvstore_service_pb2_grpc import KvStoreServiceStub
 from omni_common.blocks import KEY_BYTES, SPAN_BLOCKS
+from omni_common.held_port import hold_port
 from omni_common.rpc import channel
 from omni_kvstore.app import KvStore, running
 from omni_kvstore.embedded import executable
@@ -34,13 +35,13 @@ def split(keys: bytes) -> list[bytes]:
     return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
 
 
-def _free_port() -> int:
-    """A free one, whose cluster bus (10,000 above) is a port too."""
+def _held_port() -> socket.socket:
+    """On a port whose cluster bus (10,000 above) is a port too."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            if (port := int(probe.getsockname()[1])) < 55_000:
-                return port
+        held = hold_port("127.0.0.1")
+        if held.getsockname()[1] < 55_000:
+            return held
+        held.close()
 
 
 class RedisServer:
@@ -50,7 +51,8 @@ class RedisServer:
 
     def __init__(self, folder: Path, *options: str, program: str = "") -> None:
         self._folder, self._options, self._program = folder, options, program or executable()
-        self.port = _free_port()
+        self._held = _held_port()
+        self.port = self._held.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,6 +70,10 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def close(self) -> None:
+        self.kill()
+        self._held.close()
 
 
 class Replica:
@@ -251,9 +257,9 @@ class RedisNodes:
                 assert time.monotonic() < end, "the cluster does not form"
                 time.sleep(0.02)
 
-    def kill(self) -> None:
+    def close(self) -> None:
         for node in self._nodes:
-            node.kill()
+            node.close()
 
 
 def _valkey() -> str | None:
@@ -285,7 +291,7 @@ def any_redis(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
         server.start()
         yield server
     finally:
-        server.kill()
+        server.close()
 
 
 @pytest.fixture
@@ -299,7 +305,7 @@ def make_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
 
     yield make
     for server in servers:
-        server.kill()
+        server.close()
 
 
 @pytest.fixture

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from omni_common.errors import InvalidRequest, Unavailable
+from omni_kvstore import embedded
 from omni_kvstore.feed import Feed, Position
 from omni_kvstore.membership import Leases, Renewal, Worker
 from omni_kvstore.memory import BlockMemory
@@ -175,6 +178,34 @@ async def test_module_runs_with_an_embedded_redis_and_keeps_its_data(tmp_path: P
                 process.kill()
         assert process.returncode == 0
     assert (tmp_path / "redis" / "appendonly.aof").stat().st_size > 0
+
+
+async def test_an_embedded_redis_that_hangs_in_its_start_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs_once = tmp_path / "redis-server"
+    hangs_once.write_text(
+        f'#!/bin/sh\n[ -e "$0.hung" ] || {{ touch "$0.hung"; exec sleep 60; }}\nexec {embedded.executable()} "$@"\n'
+    )
+    hangs_once.chmod(0o755)
+    redis = embedded.EmbeddedRedis(tmp_path / "data")
+    await redis.start()
+    monkeypatch.setattr(embedded, "executable", lambda: str(hangs_once))
+    monkeypatch.setattr(embedded, "_START_TIMEOUT_S", 1.0)
+    supervised = asyncio.create_task(redis.supervise())
+    try:
+        async with asyncio.timeout(30), Redis.from_url(redis.url) as client:
+            await client.set("before", 1)
+            await client.shutdown(save=True)
+            while True:
+                with contextlib.suppress(RedisConnectionError):
+                    assert await client.get("before") == b"1"
+                    break
+                await asyncio.sleep(0.05)
+    finally:
+        supervised.cancel()
+        await redis.stop()
+    assert hangs_once.with_suffix(".hung").exists()
 
 
 @pytest.mark.parametrize(

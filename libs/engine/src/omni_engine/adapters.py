@@ -1,4 +1,4 @@
-"""LoRA adapters by name, and which of them lie in an engine's slots. Pure."""
+"""LoRA adapters by name, which of them lie in an engine's slots, and whose turn it is where slots are few. Pure."""
 
 import math
 import re

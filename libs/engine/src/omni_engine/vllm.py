@@ -52,9 +52,9 @@ from omni_engine.vllm_outputs import (
 )
 from omni_engine.vllm_pattern import KEY as PATTERN_KEY
 from omni_engine.vllm_pattern import groups_of_prefix
-from omni_engine.vllm_ports import KV_PORT_VARIABLE, held_port
 from omni_engine.vllm_sampling import sampling_params
 from omni_engine.vllm_settings import VllmSettings
+from omni_engine.vllm_side_channel import side_channel
 from omni_engine.vllm_speculation import check_sampling
 
 log = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ class VllmEngine:
             self._plan.events_dir.mkdir(mode=0o700)
             self._events = EventStream(self._plan.events_endpoint, self._plan.replay_endpoint)
         # Where the port of its side channel is taken, vLLM waits for its listener for ever.
-        with held_port(self._settings.kv_host, self._settings.kv_port) as kv_port:
-            os.environ[KV_PORT_VARIABLE] = str(kv_port)
+        with side_channel(self._settings):
             await self._build()
         groups = await self._kv_groups()
         self._event_reader = EventReader(groups)

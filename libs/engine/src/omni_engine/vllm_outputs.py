@@ -1,7 +1,7 @@
 """What vLLM's engine core reports each step, sorted by who waits for it. Pure bookkeeping, no I/O."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,14 +98,13 @@ class Tracker:
             self.sequences[work.core_id] = work
         return may_go
 
-    def admitted(self, now_s: float) -> list[Any]:
-        """Requests whose adapter's turn has come, for vLLM to have now."""
-        requests = []
+    def admitted(self, now_s: float) -> Iterator[Any]:
+        """Requests whose adapter's turn has come, for vLLM to have now; not those dropped while earlier ones went."""
         for core_id in self.turns.admitted(now_s):
-            work = self.prefills.get(core_id) or self.sequences[core_id]
-            requests.append(work.kept_out)
-            work.kept_out = None
-        return requests
+            work = self.prefills.get(core_id) or self.sequences.get(core_id)
+            if work is not None:
+                request, work.kept_out = work.kept_out, None
+                yield request
 
     def drop(self, core_id: str) -> PendingPrefill | RunningSequence | None:
         """Forget work that will give no further output."""

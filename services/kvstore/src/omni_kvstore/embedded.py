@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from omni_common.errors import FailedPrecondition, Unavailable
+from omni_common.held_port import hold_port
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class EmbeddedRedis:
         self._directory = directory
         self._process: asyncio.subprocess.Process | None = None
         self._port = 0
+        self._held: socket.socket | None = None
 
     @property
     def url(self) -> str:
@@ -39,7 +41,7 @@ class EmbeddedRedis:
             Unavailable: the server ended or did not answer in time; its log is `redis.log` in the directory.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._port = self._port or _free_port()
+        self._take_port()
         self._process = await asyncio.create_subprocess_exec(
             *(executable(), "--bind", "127.0.0.1", "--port", str(self._port), "--protected-mode", "yes"),
             *("--dir", str(self._directory), "--logfile", str(self._directory / "redis.log")),
@@ -51,11 +53,20 @@ class EmbeddedRedis:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await self._accepting(self._process)
         except TimeoutError:
-            await self.stop()
+            await _end(self._process)
             raise Unavailable(
                 f"redis-server did not answer within {_START_TIMEOUT_S} s", reason="redis_start"
             ) from None
         log.info("embedded Redis runs", extra={"port": self._port, "directory": str(self._directory)})
+
+    def _take_port(self) -> None:
+        """One for this object's life: nobody else gets it before Redis binds it, nor between two starts."""
+        if self._port:
+            return
+        self._held = hold_port("127.0.0.1")
+        self._port = self._held.getsockname()[1]
+        if not sys.platform.startswith("linux"):
+            self._held.close()  # elsewhere it would keep Redis out too
 
     async def _accepting(self, process: asyncio.subprocess.Process) -> None:
         while process.returncode is None:
@@ -85,15 +96,22 @@ class EmbeddedRedis:
     async def stop(self) -> None:
         """End the child; it saves its append-only file first."""
         process, self._process = self._process, None
-        if process is None or process.returncode is not None:
-            return
-        process.terminate()
-        try:
-            async with asyncio.timeout(_STOP_TIMEOUT_S):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
+        if process is not None:
+            await _end(process)
+        if self._held is not None:
+            self._held.close()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
             await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 def executable() -> str:
@@ -107,12 +125,6 @@ def executable() -> str:
         if (binary := Path(folder) / "bin" / "redis-server").is_file():
             return str(binary)
     raise FailedPrecondition("embedded_redis_dir needs omni-kvstore[embedded]", reason="no_redis_binary")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end_with_parent() -> Callable[[], None] | None:
