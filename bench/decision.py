@@ -149,7 +149,7 @@ def queued(each: int, prompt_blocks: int, waiting: int, repeats: int, *, whole: 
         found = fleet.forecast(lambda size: keys)
         decision = chooser.choose(request, fleet.view(found, tokens, 128))
         if whole:
-            kind = fleet.members[0].worker.kv_kind
+            kind = fleet.members[0].worker.kv_kind()
             later = replace(request, may_prefill=False, kv_connector=kind, held_by=decision.prefill)
             chooser.choose(later, fleet.view(found, tokens, 128))
 

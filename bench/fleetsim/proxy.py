@@ -233,7 +233,7 @@ class Proxy:
         assert holder is not None
         if self._system.binds_late:
             # The blocks are where they are: what the caches hold is not looked up again.
-            kind = self._members[holder].worker.kv_kind
+            kind = self._members[holder].worker.kv_kind()
             wish = replace(self._wish(run, 1), may_prefill=False, kv_connector=kind, held_by=holder)
             decision = self._decide(run, wish, afresh=False)
         target, predicted = decision.decode, decision.prediction

@@ -166,6 +166,22 @@ def test_adapters_are_shown_where_there_are_some(capsys: pytest.CaptureFixture[s
     assert [row[7:] for row in rows[1:]] == [["sql*,", "a,", "b,", "c,", "1", "more"], ["poet"], ["draining"]]
 
 
+def test_different_weights_of_one_name_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    alike = {
+        "address": "x:1",
+        "role": "decode",
+        "load": LOAD,
+        "refusal": None,
+        "in_flight": {"requests": 0},
+        "model": "m",
+    }
+    holds = {"d0": {"": "1", "sql": "7"}, "d1": {"": "2", "sql": "7"}, "d2": {"": "1"}, "d3": {}}
+    workers = [alike | {"id": name, "weights": weights} for name, weights in holds.items()]
+    _show({"workers": workers})
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "m: no KV blocks go between workers of different weights: d0, d2 | d1"
+
+
 def test_workers_of_the_settings_that_do_not_answer_are_shown_with_their_address(proxy: str, nobody: str) -> None:
     deadline = time.monotonic() + 30
     while True:

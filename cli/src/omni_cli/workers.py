@@ -1,6 +1,6 @@
 """The fleet as a proxy sees it, and commands to single workers."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ class SeenWorker:
     in_flight: int
     adapters: Mapping[str, bool]
     """LoRA adapters by name, and whether each lies in a slot; those that do come first."""
+    weights: Mapping[str, str]
+    """Digests of the model's own and the adapters', by the names that are served."""
     saturation: float | None
     refusal: str | None
 
@@ -111,6 +113,15 @@ def seen_workers(page: Mapping[str, Any]) -> list[SeenWorker]:
     return sorted(workers, key=lambda worker: (list(ROLES).index(worker.role), worker.worker_id))
 
 
+def weights_apart(workers: Sequence[SeenWorker]) -> dict[str, list[list[str]]]:
+    """Of which models and adapters workers have different weights; who has the same, as lists of worker ids."""
+    holders: dict[str, dict[str, list[str]]] = {}
+    for worker in workers:
+        for name, digest in worker.weights.items():
+            holders.setdefault(name, {}).setdefault(digest, []).append(worker.worker_id)
+    return {name: list(alike.values()) for name, alike in sorted(holders.items()) if len(alike) > 1}
+
+
 def unmet_workers(page: Mapping[str, Any]) -> list[UnmetWorker]:
     """In the order of the proxy's settings."""
     return [UnmetWorker(entry["address"], entry["state"]) for entry in page.get("unreachable", ())]
@@ -130,6 +141,7 @@ def _seen(entry: Mapping[str, Any]) -> SeenWorker:
         kv_usage=load["kv_usage"],
         in_flight=entry["in_flight"]["requests"],
         adapters={name: name in in_slots for name in sorted(served, key=lambda name: (name not in in_slots, name))},
+        weights={name or entry["model"]: digest for name, digest in entry.get("weights", {}).items()},
         saturation=entry.get("saturation"),
         refusal=entry["refusal"],
     )

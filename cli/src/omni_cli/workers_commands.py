@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from omni_cli.options import Home, Name, Port, Url, proxy_url
 from omni_cli.report import borderless
-from omni_cli.workers import ROLES, SeenWorker, WorkersClient, seen_workers, unmet_workers
+from omni_cli.workers import ROLES, SeenWorker, WorkersClient, seen_workers, unmet_workers, weights_apart
 from omni_common.command import examples
 
 EXIT_NOT_EMPTY = 3
@@ -66,6 +66,10 @@ def _show(page: Mapping[str, Any]) -> None:
     console.print(table, highlight=False)
     for one in unmet:
         console.print(escape(f"{one.address}: {one.state}"), highlight=False, soft_wrap=True)
+    for name, alike in weights_apart(workers).items():
+        groups = " | ".join(", ".join(ids) for ids in alike)
+        told = f"{name}: no KV blocks go between workers of different weights: {groups}"
+        console.print(escape(told), highlight=False, soft_wrap=True)
 
 
 def _load(worker: SeenWorker) -> tuple[str, ...]:

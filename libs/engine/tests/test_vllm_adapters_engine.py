@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "models" / "recipe"
 from engine_process import EngineProcess, started
 
 from omni_common.blocks import KEY_BYTES, block_keys, root_key
-from omni_common.errors import Internal
+from omni_common.errors import FailedPrecondition, Internal
 from omni_engine.adapters import AdapterTurns
 from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.ports import DecodeJob, PrefillJob, SamplingParams, SequenceOutput
@@ -142,6 +142,18 @@ def test_pulled_blocks_of_an_adapter_go_on_like_the_merged_model(
         assert each[0].start is not None and each[0].start.pulled_tokens and not each[0].start.fell_back
     answers = [[first, *tokens(each)] for first, each in zip(firsts, outputs, strict=True)]
     check(references, dict(zip(references, answers, strict=True)))
+
+
+def test_blocks_of_an_adapter_are_refused_for_another(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    prefill, decode = engines
+    assert set(prefill.call("info").weights) == set(NAMES)
+    assert prefill.call("info").weights == decode.call("info").weights
+    ids = prompt(200)
+    done = prefill.call("prefill", PrefillJob("p-other", ids, GREEDY, adapter="cook"))
+    for name in ("", "poet"):
+        with pytest.raises(FailedPrecondition, match="other weights"):
+            decode.generate(DecodeJob(f"d-{name}", ids, GREEDY, 0, done.kv_handle, adapter=name))
+    assert prefill.call("release", done.kv_handle.lease_id)
 
 
 def test_cached_blocks_are_an_adapters_own_and_told_by_its_name(engines: tuple[EngineProcess, EngineProcess]) -> None:

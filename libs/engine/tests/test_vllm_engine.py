@@ -1,6 +1,7 @@
 """Two real vLLM engines: what one computes the other pulls. Runs on every vLLM the adapter supports."""
 
 import dataclasses
+import json
 import random
 import sys
 import time
@@ -26,6 +27,7 @@ from omni_engine.ports import (
     SequenceOutput,
 )
 from omni_engine.vllm_settings import VllmSettings
+from omni_engine.weights import weights_digest
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -204,6 +206,19 @@ def test_a_handle_of_another_block_size_is_refused(engines: tuple[EngineProcess,
     handle = KvHandle(b"{}", "other", "lease", 10, 1, 16, 30.0)
     with pytest.raises(FailedPrecondition, match="block size"):
         engines[1].generate(DecodeJob("mismatch", prompt(10), GREEDY, 0, handle))
+
+
+def test_blocks_of_other_weights_are_refused(engines: tuple[EngineProcess, EngineProcess]) -> None:
+    prefill, decode = engines
+    assert prefill.call("info").weights == decode.call("info").weights == {"": weights_digest(MODEL_DIR)}
+    ids = prompt(BLOCK + 9)
+    handle = prefill.call("prefill", PrefillJob("p-weights", ids, GREEDY)).kv_handle
+    told = json.loads(handle.opaque)
+    other = dataclasses.replace(handle, opaque=json.dumps(told | {"omni_weights": "another's"}).encode())
+    with pytest.raises(FailedPrecondition, match="other weights") as refused:
+        decode.generate(DecodeJob("d-weights", ids, GREEDY, 0, other))
+    assert refused.value.reason == "kv_mismatch"
+    assert decode.generate(DecodeJob("d-weights-again", ids, GREEDY, 0, handle))[0].start.pulled_tokens
 
 
 def test_block_events_name_the_tokens_stored(engines: tuple[EngineProcess, EngineProcess]) -> None:

@@ -101,6 +101,8 @@ class FakeWorker:
     lost: Mapping[str, Collection[str]] = field(default_factory=dict)
     slots: Mapping[str, Collection[str]] = field(default_factory=dict)
     adapter_load_ms: float = 0.0
+    weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Digests by worker id."""
     model: str = MODEL
     cached_tokens: int = 3
     prefills: list[prefill_pb.PrefillRequest] = field(default_factory=list)
@@ -145,6 +147,7 @@ class FakeWorker:
             block_size=self.block_size, num_blocks=100, max_model_len=256, max_num_seqs=64, engine="fake",
             kv_connector="fake", engine_id=self.worker_id, labels={GROUP_LABEL: self.groups.get(self.worker_id, "")},
             adapters=sorted(self.adapters.get(self.worker_id, ())), adapter_load_ms=self.adapter_load_ms,
+            weights=self.weights.get(self.worker_id, {}),
         )  # fmt: skip
 
     async def Describe(self, request: Any, context: Any) -> worker_service_pb2.DescribeResponse:

@@ -184,6 +184,7 @@ class EngineInfo:
     expert parallelism. `ranks_per_host` consecutive ranks share a host (0: all do); one expert of one layer has weights
     of `expert_bytes` (0: unknown). `speculative` is the drafter and its tokens as 'mtp:2', empty without one.
     `adapters` are the LoRA adapters it serves, sorted; bringing one into a slot takes `adapter_load_ms` (0: unknown).
+    `weights` are digests of the model's own weights (by the empty name) and the adapters', as far as they are known.
     """
 
     model: str
@@ -207,6 +208,11 @@ class EngineInfo:
     speculative: str = ""
     adapters: tuple[str, ...] = ()
     adapter_load_ms: float = 0.0
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+    def weights_of(self, adapter: str) -> str:
+        """Of all that computes a sequence with the adapter; empty: the model alone."""
+        return "+".join(self.weights.get(name, "") for name in dict.fromkeys(("", adapter)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,10 +56,12 @@ from omni_engine.vllm_sampling import sampling_params
 from omni_engine.vllm_settings import VllmSettings
 from omni_engine.vllm_side_channel import side_channel
 from omni_engine.vllm_speculation import check_sampling
+from omni_engine.weights import weights_digest
 
 log = logging.getLogger(__name__)
 
 _RPC_TIMEOUT_S = 10.0
+_WEIGHTS_KEY = "omni_weights"
 # What a prefill request asks of the KV connector: keep the blocks for another engine.
 _KEEP_FOR_PULL = {
     "do_remote_decode": True,
@@ -84,7 +86,7 @@ class VllmEngine:
     ) -> None:
         self._settings = settings
         self._plan = plan_launch(settings, model_dir, model, role, adapters)
-        self._model = model
+        self._model_dir, self._model = model_dir, model
         self._tracker = Tracker(AdapterSlots(self._plan.adapter_slots), AdapterTurns(self._plan.adapter_slots))
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count()
@@ -113,7 +115,8 @@ class VllmEngine:
             await self._build()
         groups = await self._kv_groups()
         self._event_reader = EventReader(groups)
-        self._info = describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups)
+        weights = await asyncio.to_thread(self._read_weights)
+        self._info = describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups, weights)
         if self._plan.speculative:
             log.info("speculative decoding", extra={"drafter": self._plan.speculative})
         self._leases = Leases(self._llm.engine_core, enabled=bool(self._settings.kv_connector))
@@ -136,6 +139,11 @@ class VllmEngine:
             raise Internal(f"vLLM did not start within {self._settings.start_timeout_s:.0f} s") from None
         except Exception as error:
             raise Internal(f"vLLM did not start: {type(error).__name__}: {error}") from error
+
+    def _read_weights(self) -> dict[str, str]:
+        """What `EngineInfo.weights` tells."""
+        of_adapters = {adapter.name: weights_digest(adapter.path) for adapter in self._plan.adapters}
+        return {"": self._settings.weights or weights_digest(self._model_dir)} | of_adapters
 
     async def prefill(self, job: PrefillJob) -> PrefillResult:
         leases = self._require_leases()
@@ -331,6 +339,11 @@ class VllmEngine:
                 reason="handle_too_short",
             )
         transfer: dict[str, Any] = json.loads(handle.opaque)
+        weights = self.info.weights_of(job.adapter)
+        if transfer.pop(_WEIGHTS_KEY, weights) != weights:
+            raise FailedPrecondition(
+                "the blocks were computed with other weights than this engine's", reason="kv_mismatch"
+            )
         if transfer.get(PATTERN_KEY) != self._plan.pattern:
             raise FailedPrecondition(
                 "the blocks were computed under another attention pattern than this engine's", reason="kv_mismatch"
@@ -445,7 +458,7 @@ def _handle(output: Any, job: PrefillJob, info: EngineInfo, lease_s: float) -> K
     groups = [list(group) for group in transfer["remote_block_ids"]]
     ends_s = transfer.pop(LEASE_BEGAN) + lease_s
     return KvHandle(
-        opaque=json.dumps(transfer | {"remote_block_ids": groups}).encode(),
+        opaque=json.dumps(transfer | {"remote_block_ids": groups, _WEIGHTS_KEY: info.weights_of(job.adapter)}).encode(),
         engine_id=info.engine_id,
         lease_id=output.request_id,
         num_tokens=len(job.token_ids),

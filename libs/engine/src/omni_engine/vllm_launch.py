@@ -1,6 +1,6 @@
 """Starting vLLM from a launch plan, and what the engine that came of it is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omni_common.errors import InvalidRequest
@@ -61,7 +61,9 @@ def lora_requests(adapters: Sequence[Adapter]) -> list[Any]:
     return [LoRARequest(adapter.name, adapter.number, str(adapter.path)) for adapter in adapters]
 
 
-def describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, groups: KvGroups) -> EngineInfo:
+def describe(
+    config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, groups: KvGroups, weights: Mapping[str, str]
+) -> EngineInfo:
     """The engine as vLLM's configuration has it; counts of all data-parallel cores together."""
     import vllm
 
@@ -88,4 +90,5 @@ def describe(config: Any, plan: LaunchPlan, model: str, settings: VllmSettings, 
         num_ep_ranks=ranks,
         expert_slots_per_rank=(experts + settings.redundant_experts) // ranks if ranks else 0,
         speculative=plan.speculative,
+        weights=weights,
     )

@@ -56,6 +56,9 @@ class VllmSettings(BaseModel):
     kv_events: bool = True
     warmup_tokens: int = Field(200, ge=0, description="Length of the warm-up prompt; 0 skips the warm-up")
     start_timeout_s: float = Field(600.0, gt=0)
+    weights: str = Field(
+        "", description="Name of the model's weights; blocks go between equal ones only. Default: a digest of its files"
+    )
     kernels: str = Field(
         "vllm", description="Whose ops the engine runs on: vllm, omni, or parts of it as in 'omni:norms,routing'"
     )

@@ -75,7 +75,7 @@ class Course:
         request = SchedulingRequest(
             prompt_tokens=len(job.prompt) + generated,
             may_prefill=may_prefill,
-            kv_connector=lease.worker.kv_kind if lease else None,
+            kv_connector=lease.worker.kv_kind(job.adapter) if lease else None,
             held_by=lease.worker.id if lease else None,
             excluded=frozenset(self.excluded if beside is None else {*self.excluded, beside}),
             output_tokens=left,

@@ -43,6 +43,8 @@ class Decoding:
         """Until the next leg's first token."""
         self.left_out = 0
         """Tokens that a replay still has to repeat."""
+        self._weights: str | None = None
+        """Of the worker that was asked last."""
 
     async def submitted(self, stack: ExitStack) -> tuple[Feed, Member]:
         """A feed of a decode worker that took the sequence; `stack` settles and aborts it.
@@ -216,6 +218,10 @@ class Decoding:
         stack.callback(decode.abort, feed)
         self._mark = None if handle else stack.enter_context(foresight.mark(worker))
         course.record.decode_worker = worker.id
+        weights = worker.weights_of(course.job.adapter)
+        if course.sent and self._weights not in (None, weights):
+            self._note_inexact()
+        self._weights = weights
         return feed
 
     def _keeps_lease(self, end: End) -> bool:
@@ -230,7 +236,11 @@ class Decoding:
     def _pulled(self, worker: Worker) -> KvHandle | None:
         """Of the blocks that wait for the worker, if it can pull them and they still are all it needs."""
         lease = self._course.lease
-        if lease is None or not worker.can_pull_from(lease.worker) or len(self._course.sent) > 1:
+        if (
+            lease is None
+            or not worker.can_pull_from(lease.worker, self._course.job.adapter)
+            or len(self._course.sent) > 1
+        ):
             return None
         return lease.handle
 

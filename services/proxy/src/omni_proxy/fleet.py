@@ -57,7 +57,8 @@ class _Usable(NamedTuple):
     apart: Rows
     """Slots of those that compute prompts and do not decode."""
     ids: tuple[str, ...]
-    pairing: Pairing
+    pairings: dict[str, Pairing]
+    """By adapter, of those that were asked for; the model's own by the empty name."""
     labels: tuple[Mapping[str, str], ...]
     max_num_seqs: Ints
     by_block_size: Mapping[int, tuple[Rows, Sequence[str]]]
@@ -71,6 +72,14 @@ class _Usable(NamedTuple):
             serves = np.array([adapter in m.worker.adapters for m in self.members], np.bool_)
             found = _Serving.of(self.slots, self.model.prefills & serves, self.model.decodes & serves, adapter)
             self.adapters[adapter] = found
+        return found
+
+    def pairing_of(self, adapter: str) -> Pairing:
+        """Who hands over blocks that were computed with it; empty: with the model alone."""
+        found = self.pairings.get(adapter)
+        if found is None:
+            workers = [m.worker for m in self.members]
+            found = self.pairings[adapter] = _pairing(workers, adapter)
         return found
 
     def in_slots(self, adapter: str) -> Bools:
@@ -237,7 +246,7 @@ class Fleet:
             ids=usable.ids,
             prefills=serving.prefills,
             decodes=serving.decodes,
-            pairing=usable.pairing,
+            pairing=usable.pairing_of(adapter),
             labels=usable.labels,
             cached_tokens=cached,
             expected_tokens=expected,
@@ -317,7 +326,7 @@ class Fleet:
             adapter_load_ms=np.array([w.adapter_load_ms for w in workers], np.float64),
             apart=slots[prefills & ~decodes],
             ids=tuple(w.id for w in workers),
-            pairing=Pairing([w.kv_kind for w in workers], [w.group for w in workers]),
+            pairings={"": _pairing(workers, "")},
             labels=tuple(w.labels for w in workers),
             max_num_seqs=np.array([w.max_num_seqs for w in workers], np.int64),
             by_block_size={
@@ -355,6 +364,10 @@ class Fleet:
                 self._saw_step(seen)
         elif not (steps or load.running or load.waiting):
             self.times.saw_idle(slot)
+
+
+def _pairing(workers: Sequence[Worker], adapter: str) -> Pairing:
+    return Pairing([w.kv_kind(adapter) for w in workers], [w.group for w in workers])
 
 
 def _capacity(worker: Worker) -> Capacity:

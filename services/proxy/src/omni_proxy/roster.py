@@ -40,6 +40,21 @@ class Roster:
         self._links[worker.id] = (link, asyncio.create_task(_supervised(link), name=f"link {worker.id}"))
         self._fleet.put(link.member)
         log.info("worker joined", extra={"worker": worker.id, "role": worker.role, "address": worker.address})
+        if (differs := self._weights_apart(worker)) is not None:
+            name, other = differs
+            log.warning(
+                "another worker has other weights of this name: no KV blocks go between them",
+                extra={"worker": worker.id, "other": other, "name_of_weights": name or worker.model},
+            )
+
+    def _weights_apart(self, worker: Worker) -> tuple[str, str] | None:
+        """An adapter, or the model by the empty name, and a worker that has other weights of it."""
+        for other in (member.worker for member in self._fleet.members if member.is_listed):
+            if other.model == worker.model:
+                for name in worker.weights.keys() & other.weights.keys():
+                    if worker.weights[name] != other.weights[name]:
+                        return name, other.id
+        return None
 
     def leave(self, worker_id: str) -> None:
         """No new work; what runs there may end within the retire timeout."""

@@ -40,19 +40,27 @@ class Worker:
     adapter_load_ms: float = 0.0
     """To bring one into a slot; 0: nothing to speak of, or not known."""
 
-    @property
-    def kv_kind(self) -> str:
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the model's own, by the empty name, and of the adapters', as far as it tells them."""
+
+    def kv_kind(self, adapter: str = "") -> str:
         """Blocks are handed over between workers of one kind; empty: between none."""
-        return f"{self.kv_connector}/{self.block_size}" if self.kv_connector else ""
+        kind = f"{self.kv_connector}/{self.block_size}/{self.weights_of(adapter)}"
+        return kind if self.kv_connector else ""
+
+    def weights_of(self, adapter: str = "") -> str:
+        """Of all that computes a sequence with the adapter; empty: the model alone."""
+        return "+".join(self.weights.get(name, "") for name in dict.fromkeys(("", adapter)))
 
     @property
     def group(self) -> str:
         return self.labels.get(GROUP_LABEL, "")
 
-    def can_pull_from(self, holder: "Worker") -> bool:
+    def can_pull_from(self, holder: "Worker", adapter: str = "") -> bool:
         """As `Pairing` has it for all workers at once."""
+        kind = self.kv_kind(adapter)
         is_same_group = self.group == holder.group or not (self.group and holder.group)
-        return self.id != holder.id and is_same_group and self.kv_kind == holder.kv_kind != ""
+        return self.id != holder.id and is_same_group and kind == holder.kv_kind(adapter) != ""
 
 
 @dataclass(frozen=True, slots=True)

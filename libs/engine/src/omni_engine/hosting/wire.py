@@ -136,4 +136,5 @@ def info_to_wire(
         num_experts=info.num_experts,
         adapters=info.adapters,
         adapter_load_ms=info.adapter_load_ms,
+        weights=info.weights,
     )

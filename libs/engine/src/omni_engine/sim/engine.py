@@ -78,6 +78,7 @@ class SimEngine:
             expert_bytes=settings.experts.expert_bytes,
             adapters=served,
             adapter_load_ms=settings.timing.adapter_load_ms if served else 0.0,
+            weights={"": settings.weights} if settings.weights else {},
         )
 
     async def start(self) -> None:

@@ -89,6 +89,7 @@ class SimSettings(BaseModel):
     lease_s: float = Field(30.0, gt=0, description="How long a finished prefill's blocks wait to be pulled")
     pull_timeout_s: float = Field(5.0, gt=0, description="How long the holder of blocks may take to answer")
     kv_host: str = Field("127.0.0.1", description="Address other engines reach this one's leases by")
+    weights: str = Field("", description="Name of the model's weights; blocks go between equal ones only")
     adapter_slots: int = Field(0, ge=0, description="Different adapters in one batch; 0: all that are served")
     fixed_role: str = Field("", description="Why the worker's role may not change; empty: it may")
     num_moe_layers: int = Field(4, ge=0)

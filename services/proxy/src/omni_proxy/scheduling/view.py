@@ -53,8 +53,8 @@ class Times(Protocol):
 class Pairing:
     """Which workers can hand over blocks to which. Constant while the same workers take work, so shared by views.
 
-    `connectors` are kinds of KV blocks, by connector and size: legs pair where they are equal and not empty. `groups`
-    tie workers together: legs pair where they are equal, or where one has none (empty).
+    `connectors` are kinds of KV blocks, by connector, size and weights: legs pair where they are equal and not empty.
+    `groups` tie workers together: legs pair where they are equal, or where one has none (empty).
     """
 
     def __init__(self, connectors: Sequence[str], groups: Sequence[str]) -> None:
