@@ -211,8 +211,8 @@ class Proxy:
         served.cached_tokens = leg.cached
         served.queue_s = leg.scheduled_s - leg.arrived_s
         served.compute_s = leg.first_s - leg.scheduled_s
-        if decision.prediction.ttft_ms:
-            served.prompt_guess = Guess(decision.prediction.ttft_ms, took_ms)
+        if decision.prediction.computed_ms:
+            served.prompt_guess = Guess(decision.prediction.computed_ms, took_ms)
         self._knowledge.computed(served.worker, run.keys)
         if self._system.learns:
             computing.computed(leg.cached, took_ms)

@@ -21,6 +21,7 @@ PHASES = (
     ("adapter into a slot", "adapter_ms", None),
     ("prefill", "prefill_ms", "prefill_ms"),
     ("transfer", "transfer_ms", "transfer_ms"),
+    ("wait for a seat", "seat_ms", None),
     ("to first token", "ttft_ms", "ttft_ms"),
     ("since arrival", None, "first_token_ms"),
     ("step", "step_ms", "step_ms"),

@@ -98,6 +98,21 @@ def test_candidates_are_cheapest_first_and_as_many_as_asked() -> None:
     assert len(request("r").to_json()["sequences"][0]["decisions"][0]["candidates"]["decode"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("body", "is_drawn_by_decode"), [({}, False), ({"temperature": 1, "seed": 7}, True), ({"max_tokens": 1}, False)]
+)
+async def test_what_decode_draws_comes_after_the_handoff(start: Any, body: Any, is_drawn_by_decode: bool) -> None:
+    stack = await start("p d", {"policy": "cost"})
+    asked = await stack.chat(**body)
+    page = (await stack.client.get(f"/decisions/{asked.headers['x-request-id']}")).json()
+    [sequence] = page["sequences"]
+    foreseen = sequence["decisions"][0]["predicted"]
+    computed_ms = foreseen["queue_ms"] + foreseen["prefill_ms"]
+    handoff_ms = foreseen["transfer_ms"] + foreseen["seat_ms"] + foreseen["step_ms"]
+    assert sequence["decisions"][0]["reason"] == "disaggregated" and handoff_ms > 0.1
+    assert foreseen["ttft_ms"] == pytest.approx(computed_ms + handoff_ms * is_drawn_by_decode, abs=0.01)
+
+
 def test_a_summary_has_the_prompts_decision_without_candidates() -> None:
     one = Explained("r", [Account([decision(), decision(reason=Reason.CONTINUED)]), Account()])
     one.ended(200, None, {"ttft_ms": 5.0})

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from omni_common.errors import InvalidRequest
 from omni_proxy.continuation import FirstToken, continuation, first_token_source
 from omni_proxy.ledger import Ledger
-from omni_proxy.ports import KvHandle
 from omni_proxy.sampling import Sampling
 from omni_proxy.scheduling.columns import Columns
 from omni_proxy.sequence import OutputLengths
@@ -32,24 +31,21 @@ def nest(ledger: Ledger, charges: list[tuple[str, int]]) -> None:
         nest(ledger, charges[1:])
 
 
-HANDLE = KvHandle(b"", "e", "l", 9, 1, 4, 30.0)
-
-
 @pytest.mark.parametrize(
-    ("length", "sampling", "handle", "source"),
+    ("length", "sampling", "block_size", "source"),
     [
-        (9, Sampling(8), HANDLE, FirstToken.PREFILL),
+        (9, Sampling(8), 4, FirstToken.PREFILL),
         (9, Sampling(8), None, FirstToken.DECODE_ALONE),
-        (8, Sampling(8), HANDLE, FirstToken.FULL_BLOCK),
-        (9, Sampling(8, seed=1), HANDLE, FirstToken.SEEDED),
-        (9, Sampling(8, seed=1, temperature=0), HANDLE, FirstToken.PREFILL),
-        (9, Sampling(8, presence_penalty=1), HANDLE, FirstToken.PENALISED),
-        (9, Sampling(8, frequency_penalty=-1), HANDLE, FirstToken.PENALISED),
-        (9, Sampling(8, repetition_penalty=1.2), HANDLE, FirstToken.PREFILL),
+        (8, Sampling(8), 4, FirstToken.FULL_BLOCK),
+        (9, Sampling(8, seed=1), 4, FirstToken.SEEDED),
+        (9, Sampling(8, seed=1, temperature=0), 4, FirstToken.PREFILL),
+        (9, Sampling(8, presence_penalty=1), 4, FirstToken.PENALISED),
+        (9, Sampling(8, frequency_penalty=-1), 4, FirstToken.PENALISED),
+        (9, Sampling(8, repetition_penalty=1.2), 4, FirstToken.PREFILL),
     ],
 )
-def test_where_the_first_token_comes_from(length, sampling, handle, source):
-    assert first_token_source(length, sampling, handle) is source
+def test_where_the_first_token_comes_from(length, sampling, block_size, source):
+    assert first_token_source(length, sampling, block_size) is source
 
 
 @pytest.mark.parametrize(("generated", "left", "least"), [([], 8, 2), ([5], 7, 1), ([5, 6, 7], 5, 0)])

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from omni_proxy.ports import KvHandle
 from omni_proxy.sampling import Sampling
 
 
@@ -28,20 +27,22 @@ class Continuation:
     first_token: FirstToken
 
 
-def first_token_source(prompt_length: int, sampling: Sampling, handle: KvHandle | None) -> FirstToken:
-    """Whether the prefill's token may stand, or decode must draw the first token itself.
+def first_token_source(prompt_length: int, sampling: Sampling, block_size: int | None) -> FirstToken:
+    """Whether the token of a prefill worker may stand, or decode must draw the first token itself.
+
+    `block_size` is that of the worker's blocks; None where decode computes the prompt.
 
     A seeded generator's state and the penalties' output counts live in the engine that drew the token, so a
     sequence split after it would differ from an undivided one. A prompt of whole blocks is a connector limit:
     the generated token would start a block that the holder does not have.
     """
-    if handle is None:
+    if block_size is None:
         return FirstToken.DECODE_ALONE
     if sampling.seed is not None and sampling.temperature > 0:
         return FirstToken.SEEDED
     if sampling.presence_penalty != 0 or sampling.frequency_penalty != 0:
         return FirstToken.PENALISED
-    if handle.block_size > 0 and prompt_length % handle.block_size == 0:
+    if block_size > 0 and prompt_length % block_size == 0:
         return FirstToken.FULL_BLOCK
     return FirstToken.PREFILL
 

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, replace
 
 from omni_common.errors import Code, DeadlineExceeded
-from omni_proxy.continuation import FirstToken
+from omni_proxy.continuation import FirstToken, first_token_source
 from omni_proxy.explain import span_attributes
 from omni_proxy.feed import Feed
 from omni_proxy.foresight import Foresight
@@ -95,9 +95,18 @@ class Course:
         decision = self.scheduler.policy.choose(request, view)
         if job.adapter:
             decision = replace(decision, adapter=job.adapter)
+        if decision.prefill is not None and self._decode_draws_first(decision.prefill):
+            decision = replace(decision, prediction=replace(decision.prediction, decode_draws_first=True))
         self.record.decided(decision, time.perf_counter() - started)
         self.trace.event("omni.decision", lambda: span_attributes(decision))
         return decision
+
+    def _decode_draws_first(self, prefill: str) -> bool:
+        member = self.scheduler.fleet.get(prefill)
+        if member is None or self.job.sampling.max_tokens == 1:
+            return False
+        block_size = member.worker.block_size
+        return first_token_source(len(self.job.prompt), self.job.sampling, block_size) is not FirstToken.PREFILL
 
     def poke(self) -> None:
         """Something changed that others may wait for."""

@@ -160,7 +160,7 @@ class Decoding:
         if member is None or fleet.refusal(member) is not None:
             decision = course.decide(may_prefill=False)
             foreseen = decision.prediction
-            self.predicted_ms = foreseen.ttft_ms + foreseen.transfer_ms + foreseen.step_ms
+            self.predicted_ms = foreseen.computed_ms + foreseen.transfer_ms + foreseen.step_ms
             member = fleet.get(decision.decode)
         if member is None or member.decode is None:
             raise Unavailable("the chosen decode worker has left", reason="no_decode_worker")

@@ -49,7 +49,7 @@ class SequenceRun:
             turn = await self._turn()
             answer = await Prefilling(course).answer()
             if isinstance(answer, Decision):
-                self._decoding.chosen, self._decoding.predicted_ms = answer.decode, answer.prediction.ttft_ms
+                self._decoding.chosen, self._decoding.predicted_ms = answer.decode, answer.prediction.computed_ms
             elif (batch := self._first_batch(answer)) is not None:
                 yield batch
                 if batch.finish_reason is not None:
@@ -140,7 +140,7 @@ class SequenceRun:
         if finish is None and job.sampling.max_tokens == 1:
             finish = FinishReason.LENGTH
         if finish is None and answer.kv_handle is not None:
-            course.first_token = first_token_source(len(job.prompt), job.sampling, answer.kv_handle)
+            course.first_token = first_token_source(len(job.prompt), job.sampling, answer.kv_handle.block_size)
             if course.first_token is not FirstToken.PREFILL:
                 return None
         course.first_token = FirstToken.PREFILL

@@ -56,7 +56,7 @@ class Prefilling:
             if member is None or member.prefill is None:
                 break
             try:
-                done = await self._on(member, decision.prediction.ttft_ms)
+                done = await self._on(member, decision.prediction.computed_ms)
             except OmniError as error:
                 if error.code in FINAL:
                     raise
@@ -109,7 +109,7 @@ class Prefilling:
         if member is None:
             hedging.give_back()
             return None
-        return member, decision.prediction.ttft_ms
+        return member, decision.prediction.computed_ms
 
     def _note(self, done: Prefilled) -> None:
         record, answer = self._course.record, done.answer

@@ -71,11 +71,21 @@ class Prediction:
     step_ms: float = 0.0
     confidence: float = 0.0
     adapter_ms: float = 0.0
+    seat_ms: float = 0.0
+    """Until decode has a seat for the sequence."""
+    decode_draws_first: bool = False
+    """The token of the prefill leg may not stand, so the client's first one comes after the handoff."""
+
+    @property
+    def computed_ms(self) -> float:
+        """From dispatch to the end of the prompt."""
+        return self.queue_ms + self.adapter_ms + self.prefill_ms
 
     @property
     def ttft_ms(self) -> float:
-        """From dispatch to the first token; the handoff to decode comes after it."""
-        return self.queue_ms + self.adapter_ms + self.prefill_ms
+        """From dispatch to the client's first token."""
+        handoff_ms = self.transfer_ms + self.seat_ms + self.step_ms
+        return self.computed_ms + (handoff_ms if self.decode_draws_first else 0.0)
 
 
 NO_PREDICTION = Prediction()
@@ -93,6 +103,7 @@ def foreseen(
         step_ms=float(times.step_ms[decode]),
         confidence=float(times.confidence[computing]),
         adapter_ms=float(view.adapter_ms[computing]),
+        seat_ms=float(times.seat_ms[decode]),
     )
 
 
@@ -132,6 +143,7 @@ class Decision:
                 "queue_ms": round(self.prediction.queue_ms, 3),
                 "prefill_ms": round(self.prediction.prefill_ms, 3),
                 "transfer_ms": round(self.prediction.transfer_ms, 3),
+                "seat_ms": round(self.prediction.seat_ms, 3),
                 "step_ms": round(self.prediction.step_ms, 3),
                 "confidence": round(self.prediction.confidence, 3),
                 **of_adapter,
