@@ -39,7 +39,6 @@ class Worker:
     """LoRA adapters it serves besides the model itself."""
     adapter_load_ms: float = 0.0
     """To bring one into a slot; 0: nothing to speak of, or not known."""
-
     weights: Mapping[str, str] = field(default_factory=dict)
     """Digests of the model's own, by the empty name, and of the adapters', as far as it tells them."""
 
@@ -50,7 +49,8 @@ class Worker:
 
     def weights_of(self, adapter: str = "") -> str:
         """Of all that computes a sequence with the adapter; empty: the model alone."""
-        return "+".join(self.weights.get(name, "") for name in dict.fromkeys(("", adapter)))
+        known = (self.weights.get(name, "") for name in dict.fromkeys(("", adapter)))
+        return "+".join(filter(None, known))
 
     @property
     def group(self) -> str:
