@@ -176,10 +176,14 @@ def test_different_weights_of_one_name_are_told(capsys: pytest.CaptureFixture[st
         "model": "m",
     }
     holds = {"d0": {"": "1", "sql": "7"}, "d1": {"": "2", "sql": "7"}, "d2": {"": "1"}, "d3": {}}
-    workers = [alike | {"id": name, "weights": weights} for name, weights in holds.items()]
-    _show({"workers": workers})
+    workers = [
+        alike | {"id": name, "weights": weights, "adapters": sorted(filter(None, weights))}
+        for name, weights in holds.items()
+    ]
+    another = alike | {"id": "d4", "weights": {"": "3", "sql": "8"}, "adapters": ["sql"], "model": "n"}
+    _show({"workers": [*workers, another], "model": "m"})
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "m: no KV blocks go between workers of different weights: d0, d2 | d1"
+    assert last == "m: no KV blocks go between workers of different weights: d0, d2 | d1 | d3"
 
 
 def test_workers_of_the_settings_that_do_not_answer_are_shown_with_their_address(proxy: str, nobody: str) -> None:

@@ -40,7 +40,7 @@ class SeenWorker:
     adapters: Mapping[str, bool]
     """LoRA adapters by name, and whether each lies in a slot; those that do come first."""
     weights: Mapping[str, str]
-    """Digests of the model's own and the adapters', by the names that are served."""
+    """Digests by the names that are served, empty where the worker does not tell; none of a model not the proxy's."""
     saturation: float | None
     refusal: str | None
 
@@ -109,12 +109,12 @@ class WorkersClient:
 
 def seen_workers(page: Mapping[str, Any]) -> list[SeenWorker]:
     """By role, then by name."""
-    workers = [_seen(entry) for entry in page["workers"]]
+    workers = [_seen(entry, page.get("model", "")) for entry in page["workers"]]
     return sorted(workers, key=lambda worker: (list(ROLES).index(worker.role), worker.worker_id))
 
 
 def weights_apart(workers: Sequence[SeenWorker]) -> dict[str, list[list[str]]]:
-    """Of which models and adapters workers have different weights; who has the same, as lists of worker ids."""
+    """Of which models and adapters workers tell different weights, or some none; who is alike, as lists of ids."""
     holders: dict[str, dict[str, list[str]]] = {}
     for worker in workers:
         for name, digest in worker.weights.items():
@@ -127,7 +127,9 @@ def unmet_workers(page: Mapping[str, Any]) -> list[UnmetWorker]:
     return [UnmetWorker(entry["address"], entry["state"]) for entry in page.get("unreachable", ())]
 
 
-def _seen(entry: Mapping[str, Any]) -> SeenWorker:
+def _seen(entry: Mapping[str, Any], model: str) -> SeenWorker:
+    """`model` is the proxy's own."""
+    is_served = entry.get("model") == model
     load, served = entry["load"], entry.get("adapters", ())
     in_slots = frozenset(load.get("adapters", ()))
     return SeenWorker(
@@ -141,7 +143,7 @@ def _seen(entry: Mapping[str, Any]) -> SeenWorker:
         kv_usage=load["kv_usage"],
         in_flight=entry["in_flight"]["requests"],
         adapters={name: name in in_slots for name in sorted(served, key=lambda name: (name not in in_slots, name))},
-        weights={name or entry["model"]: digest for name, digest in entry.get("weights", {}).items()},
+        weights={name or model: entry.get("weights", {}).get(name, "") for name in ("", *served)} if is_served else {},
         saturation=entry.get("saturation"),
         refusal=entry["refusal"],
     )

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from omni_common.blocks import block_keys, root_key
-from omni_common.errors import InvalidRequest, OmniError, Unavailable
+from omni_common.errors import FailedPrecondition, InvalidRequest, OmniError, Unavailable
 from omni_engine.hosting.mirror import BlockMirror
 from omni_engine.ports import BlocksCleared, DecodeJob, FinishReason, PrefillJob, SamplingParams, SequenceOutput
 from omni_engine.sim import SimEngine, SimSettings, VirtualClock
@@ -121,6 +121,17 @@ async def test_prefix_cache_is_used_per_salt():
             result = await engine.prefill(PrefillJob(name, PROMPT, sampling, cache_salt=salt))
             cached.append(result.cached_tokens)
         assert cached == [0, 64, 0]
+
+
+async def test_blocks_of_other_weights_are_refused():
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    async with simulated(weights="old") as old, simulated(weights="old") as alike, simulated(weights="new") as new:
+        done = await old.prefill(PrefillJob("a", PROMPT, sampling))
+        job = DecodeJob("b", [*PROMPT, done.first_token_id], sampling, 1, done.kv_handle)
+        with pytest.raises(FailedPrecondition, match="other weights") as refused:
+            await new.submit(job, lambda outputs: None)
+        assert refused.value.reason == "kv_mismatch"
+        assert (await generate(alike, job)).outputs[0].start.pulled_tokens
 
 
 async def test_lease_expires_and_can_be_released():

@@ -147,7 +147,11 @@ class FakeWorker:
             block_size=self.block_size, num_blocks=100, max_model_len=256, max_num_seqs=64, engine="fake",
             kv_connector="fake", engine_id=self.worker_id, labels={GROUP_LABEL: self.groups.get(self.worker_id, "")},
             adapters=sorted(self.adapters.get(self.worker_id, ())), adapter_load_ms=self.adapter_load_ms,
-            weights=self.weights.get(self.worker_id, {}),
+            weights=self.weights.get(self.worker_id, {}).get("", ""),
+            adapter_weights=[
+                self.weights.get(self.worker_id, {}).get(name, "")
+                for name in sorted(self.adapters.get(self.worker_id, ()))
+            ],
         )  # fmt: skip
 
     async def Describe(self, request: Any, context: Any) -> worker_service_pb2.DescribeResponse:

@@ -299,6 +299,14 @@ def test_short_prompts_are_not_prefilled_apart(least: int | None, alone: bool) -
 CONTINUED = {"may_prefill": False, "kv_connector": "c", "held_by": "p"}
 
 
+def test_blocks_that_nobody_left_can_pull_are_computed_again() -> None:
+    """The holder drains, and with it the last decode worker of its kind."""
+    fleet = [decode(connector="x", queue_ms=500, prefill_ms=4000), decode("e", connector="x", step_ms=11)]
+    decision = choose(fleet, **CONTINUED)
+    assert decision.decode == "e"
+    assert decision.prediction.computed_ms > 0
+
+
 @pytest.mark.parametrize(
     ("fleet", "asked", "chosen"),
     [

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,10 +107,19 @@ async def test_what_decode_draws_comes_after_the_handoff(start: Any, body: Any, 
     page = (await stack.client.get(f"/decisions/{asked.headers['x-request-id']}")).json()
     [sequence] = page["sequences"]
     foreseen = sequence["decisions"][0]["predicted"]
-    computed_ms = foreseen["queue_ms"] + foreseen["prefill_ms"]
-    handoff_ms = foreseen["transfer_ms"] + foreseen["seat_ms"] + foreseen["step_ms"]
+    handoff_ms = foreseen["transfer_ms"] + foreseen["step_ms"]
     assert sequence["decisions"][0]["reason"] == "disaggregated" and handoff_ms > 0.1
-    assert foreseen["ttft_ms"] == pytest.approx(computed_ms + handoff_ms * is_drawn_by_decode, abs=0.01)
+    expected_ms = foreseen["queue_ms"] + foreseen["prefill_ms"] + handoff_ms * is_drawn_by_decode
+    assert foreseen["ttft_ms"] == pytest.approx(expected_ms, abs=0.01)
+
+
+def test_a_seat_is_waited_for_while_the_prompt_is_computed() -> None:
+    pair = Prediction(queue_ms=10, prefill_ms=1000, transfer_ms=5, step_ms=20, seat_ms=900, decode_draws_first=True)
+    assert pair.ttft_ms == 1035
+    assert replace(pair, seat_ms=2000).ttft_ms == 2020
+    assert replace(pair, decode_draws_first=False).ttft_ms == pair.computed_ms == 1010
+    alone = Prediction(queue_ms=10, prefill_ms=100, step_ms=20, seat_ms=900, is_alone=True)
+    assert alone.ttft_ms == alone.computed_ms == 1000
 
 
 def test_a_summary_has_the_prompts_decision_without_candidates() -> None:

@@ -22,9 +22,13 @@ async def test_legs_pair_where_weights_are_equal(start: Any, policy: str, caplog
     stack = await start("p1 p2 d1 d2", {"policy": policy}, weights=weights)
     for _ in range(8):
         await completed(stack)
-    for decode in ("d1", "d2"):
-        for submit in stack[decode].submits:
-            assert not submit.HasField("kv_handle") or weights[submit.kv_handle.engine_id] == weights[decode]
+    handed = [
+        (weights[submit.kv_handle.engine_id], weights[decode])
+        for decode in ("d1", "d2")
+        for submit in stack[decode].submits
+        if submit.HasField("kv_handle")
+    ]
+    assert handed and all(prefill == decode for prefill, decode in handed)
     told = [r for r in caplog.records if "other weights" in r.message]
     assert told and all(r.name_of_weights == MODEL for r in told)
 
@@ -39,7 +43,30 @@ async def test_legs_of_an_adapter_pair_where_its_weights_are_equal(start: Any) -
     handed = {(name, s.adapter) for name in ("d1", "d2") for s in stack[name].submits if s.HasField("kv_handle")}
     assert handed >= {("d2", "x"), ("d1", "y")}
     assert ("d1", "x") not in handed
-    assert {name for name, adapter in handed if not adapter} <= {"d1", "d2"}
+    assert {adapter for _, adapter in handed} == {"", "x", "y"}
+
+
+async def test_a_prompt_is_counted_where_it_will_be_computed(start: Any) -> None:
+    stack = await start("p1 d1", weights={"p1": NEW, "d1": OLD})
+    fleet = stack.proxy.fleet
+    assert [fleet.columns.get("d1")] == fleet.computing_slots().tolist()
+    await completed(stack)
+    assert not stack["p1"].touched
+
+
+async def test_the_prefill_workers_token_counts_as_its_weights(start: Any) -> None:
+    """The only decode worker of its weights drains while the prompt is computed."""
+    gate = asyncio.Event()
+    stack = await start("p d1 d2", weights={"p": OLD, "d1": OLD, "d2": NEW}, prefill_gate=gate)
+    asked = asyncio.create_task(completed(stack, temperature=0))
+    await stack["p"].prefill_started.wait()
+    stack.proxy.fleet.get("d1").is_draining = True
+    stack.proxy.fleet.signal()
+    gate.set()
+    await asked
+    [submit] = stack["d2"].submits
+    assert submit.num_output_tokens == 1 and not submit.HasField("kv_handle")
+    assert stack.metric("omni_proxy_inexact_resumes_total") == 1
 
 
 @pytest.mark.parametrize(("others", "is_exact"), [(OLD, True), (NEW, False)])

@@ -110,12 +110,12 @@ class VllmEngine:
         if self._plan.events_dir:
             self._plan.events_dir.mkdir(mode=0o700)
             self._events = EventStream(self._plan.events_endpoint, self._plan.replay_endpoint)
+        weights = await asyncio.to_thread(self._read_weights)
         # Where the port of its side channel is taken, vLLM waits for its listener for ever.
         with side_channel(self._settings):
             await self._build()
         groups = await self._kv_groups()
         self._event_reader = EventReader(groups)
-        weights = await asyncio.to_thread(self._read_weights)
         self._info = describe(self._llm.vllm_config, self._plan, self._model, self._settings, groups, weights)
         if self._plan.speculative:
             log.info("speculative decoding", extra={"drafter": self._plan.speculative})
@@ -130,6 +130,8 @@ class VllmEngine:
             await self._take_adapters()
         if self._settings.expert_parallel:
             self._experts = await self._take_experts()
+        if await asyncio.to_thread(self._read_weights) != weights:
+            raise Internal("the files of the model or of an adapter were changed while they were loaded")
 
     async def _build(self) -> None:
         try:
@@ -142,8 +144,14 @@ class VllmEngine:
 
     def _read_weights(self) -> dict[str, str]:
         """What `EngineInfo.weights` tells."""
-        of_adapters = {adapter.name: weights_digest(adapter.path) for adapter in self._plan.adapters}
-        return {"": self._settings.weights or weights_digest(self._model_dir)} | of_adapters
+        folders = {adapter.name: adapter.path for adapter in self._plan.adapters}
+        named = {"": self._settings.weights} if self._settings.weights else {}
+        if not named:
+            folders[""] = self._model_dir
+        try:
+            return {name: weights_digest(folder) for name, folder in folders.items()} | named
+        except (OSError, ValueError) as error:
+            raise InvalidRequest(f"weights cannot be read: {error}", field="model_dir") from None
 
     async def prefill(self, job: PrefillJob) -> PrefillResult:
         leases = self._require_leases()
@@ -202,8 +210,7 @@ class VllmEngine:
             if isinstance(work, PendingPrefill):
                 work.done.cancel()
         if core_ids and not self._dead.done():
-            await self._llm.engine_core.abort_requests_async(core_ids)
-            await self._admit()
+            await asyncio.shield(self._taken_back(core_ids))
 
     def stats(self) -> EngineStats:
         return self._tracker.stats(self._leases.held if self._leases else 0)
@@ -358,10 +365,10 @@ class VllmEngine:
 
     async def _abandon(self, core_id: str) -> None:
         if self._tracker.drop(core_id) is not None and not self._dead.done():
-            await asyncio.shield(self._taken_back(core_id))
+            await asyncio.shield(self._taken_back([core_id]))
 
-    async def _taken_back(self, core_id: str) -> None:
-        await self._llm.engine_core.abort_requests_async([core_id])
+    async def _taken_back(self, core_ids: Sequence[str]) -> None:
+        await self._llm.engine_core.abort_requests_async(core_ids)
         await self._admit()
 
     def _require_leases(self) -> Leases:

@@ -1,6 +1,5 @@
 """LoRA adapters on vLLM: what is read of their files before a start, and what is refused. Imports nothing of vLLM."""
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_common.errors import InvalidRequest
+from omni_engine.tensor_files import parsed, stored_tensors
 from omni_engine.vllm_settings import VllmSettings
 
 # Ranks that vLLM makes room for.
@@ -40,12 +40,6 @@ class Adapter:
     rank: int
     modules: frozenset[str]
     has_experts: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    dtype: str
-    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +124,7 @@ def _read(name: str, number: int, path: Path, layers: Mapping[str, set[Shape]]) 
 
 def _config(name: str, path: Path) -> dict[str, Any]:
     try:
-        config = _json((path / "adapter_config.json").read_text())
+        config = parsed((path / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
         raise _refused(name, f"no readable adapter_config.json in {path}: {error}") from None
     if not isinstance(config, dict):
@@ -156,7 +150,7 @@ def _modules(name: str, weights: Path) -> dict[str, _Lora]:
     """The layers of an adapter's file."""
     modules: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
     try:
-        header = _header(weights)
+        header = stored_tensors(weights)
     except (OSError, ValueError) as error:
         raise _refused(name, f"{weights} cannot be read: {error}") from None
     for tensor, told in header.items():
@@ -211,7 +205,7 @@ def _layers_of(model_dir: Path) -> dict[str, set[Shape]]:
     layers: defaultdict[str, set[Shape]] = defaultdict(set)
     for path in model_dir.glob("*.safetensors"):
         try:
-            header = _header(path)
+            header = stored_tensors(path)
         except (OSError, ValueError) as error:
             raise InvalidRequest(f"model_dir: {path} cannot be read: {error}", field="model_dir") from None
         for tensor, told in header.items():
@@ -227,38 +221,6 @@ def _layer(module: str) -> str:
     if within := _FROM_LAYER.search(module):
         return within[0]
     return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
-
-
-def _header(path: Path) -> dict[str, _Tensor]:
-    """The tensors of a safetensors file, by name. Raises OSError, or ValueError where it is none."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        held = path.stat().st_size - 8 - length
-        if held < 0:
-            raise ValueError("it is cut short, or no safetensors file")
-        header = _json(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header must be a JSON object")
-    header.pop("__metadata__", None)
-    return {name: _tensor(name, told, held) for name, told in header.items()}
-
-
-def _tensor(name: str, told: Any, held: int) -> _Tensor:
-    """`held` bytes follow the header."""
-    match told:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-            if not 0 <= start <= end <= held:
-                raise ValueError(f"{name} lies beyond its end")
-            if all(type(size) is int and size >= 0 for size in shape):
-                return _Tensor(dtype, tuple(shape))
-    raise ValueError(f"its header tells no dtype, shape and data_offsets of {name}")
-
-
-def _json(text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deep") from None
 
 
 def _check_use(adapter: Adapter, settings: VllmSettings, config: Mapping[str, Any]) -> None:

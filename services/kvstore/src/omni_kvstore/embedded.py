@@ -89,8 +89,8 @@ class EmbeddedRedis:
             try:
                 await self.start()
                 backoff_s = _FIRST_BACKOFF_S
-            except Unavailable as error:
-                log.error("embedded Redis did not start", extra={"reason": error.message})
+            except (Unavailable, OSError) as error:
+                log.error("embedded Redis did not start", extra={"reason": str(error)})
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
 
     async def stop(self) -> None:

@@ -63,6 +63,8 @@ class Course:
         self.sent: list[int] = []
         self.lease: Lease | None = None
         self.first_token = FirstToken.DECODE_ALONE
+        self.weights: str | None = None
+        """What the client's last tokens were computed with."""
         self.excluded: set[str] = set()
         """Workers that failed it, and are not to be asked again soon."""
 
@@ -112,6 +114,19 @@ class Course:
         """Something changed that others may wait for."""
         if self.scheduler.gate is not None:
             self.scheduler.gate.poke()
+
+    def answered_by(self, worker: Worker) -> None:
+        """It gives tokens from here on; with other weights than before they are not what would have come."""
+        weights = worker.weights_of(self.job.adapter)
+        if self.weights not in (None, weights):
+            self.note_inexact()
+        self.weights = weights
+
+    def note_inexact(self) -> None:
+        """Counted once."""
+        if self.record.is_resume_exact:
+            self.record.is_resume_exact = False
+            self.scheduler.metrics.health.inexact.inc()
 
     def count_first_token(self, source: FirstToken) -> None:
         self.record.first_token_source = source

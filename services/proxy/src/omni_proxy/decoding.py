@@ -43,8 +43,8 @@ class Decoding:
         """Until the next leg's first token."""
         self.left_out = 0
         """Tokens that a replay still has to repeat."""
-        self._weights: str | None = None
-        """Of the worker that was asked last."""
+        self._unheard: Worker | None = None
+        """Asked last, and not a token came from it."""
 
     async def submitted(self, stack: ExitStack) -> tuple[Feed, Member]:
         """A feed of a decode worker that took the sequence; `stack` settles and aborts it.
@@ -106,6 +106,9 @@ class Decoding:
 
     def sent(self, tokens: Sequence[int]) -> None:
         """The client has these, or is about to: an attempt that has to follow goes on after them."""
+        if self._unheard is not None:
+            self._course.answered_by(self._unheard)
+            self._unheard = None
         self._course.sent.extend(tokens)
         if self._charge is not None:
             self._charge.received(len(tokens))
@@ -132,7 +135,7 @@ class Decoding:
         if error.reason == _DIVERGED:
             course.scheduler.metrics.health.replays.labels("differs").inc()
             self._may_replay = False
-            self._note_inexact()
+            course.note_inexact()
             return
         if not fruitless:
             # Those that broke earlier have had the time of a few tokens to recover.
@@ -150,7 +153,7 @@ class Decoding:
         course.record.resumes += 1
         course.scheduler.metrics.resumes.inc()
         if not resumes_exactly(course.job.sampling):
-            self._note_inexact()
+            course.note_inexact()
 
     def _member(self) -> Member:
         """The worker decided on, or another one if that takes no work any more."""
@@ -218,10 +221,7 @@ class Decoding:
         stack.callback(decode.abort, feed)
         self._mark = None if handle else stack.enter_context(foresight.mark(worker))
         course.record.decode_worker = worker.id
-        weights = worker.weights_of(course.job.adapter)
-        if course.sent and self._weights not in (None, weights):
-            self._note_inexact()
-        self._weights = weights
+        self._unheard = worker
         return feed
 
     def _keeps_lease(self, end: End) -> bool:
@@ -303,12 +303,6 @@ class Decoding:
                 moved = fleet.times.saw_transfer(slots[0], slots[1], start.pulled_tokens, timings.transfer_ms)
                 if moved is not None:
                     metrics.predicted("transfer", moved)
-
-    def _note_inexact(self) -> None:
-        record = self._course.record
-        if record.is_resume_exact:
-            record.is_resume_exact = False
-            self._course.scheduler.metrics.health.inexact.inc()
 
     def _has_another(self) -> bool:
         try:

@@ -28,16 +28,17 @@ class _Serving(NamedTuple):
     prefills: Bools
     decodes: Bools
     computing: Rows
-    """Slots of those that compute prompts: prefill workers, or where there are none the decode workers."""
+    """Slots of those that compute prompts: prefill workers that pair, or where there are none the decode workers."""
     deciding: Rows
     """Slots of decode workers."""
     takers: Hashable
     """Who they are, to compare."""
 
     @classmethod
-    def of(cls, slots: Rows, prefills: Bools, decodes: Bools, adapter: str = "") -> "_Serving":
+    def of(cls, slots: Rows, prefills: Bools, decodes: Bools, pairing: Pairing, adapter: str = "") -> "_Serving":
         deciding = slots[decodes]
-        computing = slots[prefills] if prefills.any() else deciding
+        able = pairing.can_pair(np.flatnonzero(prefills), np.flatnonzero(decodes)).any(axis=1)
+        computing = slots[prefills][able] if able.any() else deciding
         takers = (computing.tobytes(), deciding.tobytes()) if len(deciding) else adapter
         return cls(prefills, decodes, computing, deciding, takers)
 
@@ -70,7 +71,8 @@ class _Usable(NamedTuple):
         found = self.adapters.get(adapter)
         if found is None:
             serves = np.array([adapter in m.worker.adapters for m in self.members], np.bool_)
-            found = _Serving.of(self.slots, self.model.prefills & serves, self.model.decodes & serves, adapter)
+            prefills, decodes = self.model.prefills & serves, self.model.decodes & serves
+            found = _Serving.of(self.slots, prefills, decodes, self.pairing_of(adapter), adapter)
             self.adapters[adapter] = found
         return found
 
@@ -316,17 +318,18 @@ class Fleet:
         prefills = np.array([m.prefills for m in members], np.bool_)
         decodes = np.array([m.decodes for m in members], np.bool_)
         sizes = np.array([w.block_size for w in workers], np.int64)
+        pairing = _pairing(workers, "")
         return _Usable(
             members=members,
             slots=slots,
-            model=_Serving.of(slots, prefills, decodes),
+            model=_Serving.of(slots, prefills, decodes, pairing),
             adapters={},
             has_slot=np.ones(len(slots), np.bool_),
             no_ms=np.zeros(len(slots)),
             adapter_load_ms=np.array([w.adapter_load_ms for w in workers], np.float64),
             apart=slots[prefills & ~decodes],
             ids=tuple(w.id for w in workers),
-            pairings={"": _pairing(workers, "")},
+            pairings={"": pairing},
             labels=tuple(w.labels for w in workers),
             max_num_seqs=np.array([w.max_num_seqs for w in workers], np.int64),
             by_block_size={

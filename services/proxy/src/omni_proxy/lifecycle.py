@@ -144,6 +144,8 @@ class SequenceRun:
             if course.first_token is not FirstToken.PREFILL:
                 return None
         course.first_token = FirstToken.PREFILL
+        if course.lease is not None:
+            course.answered_by(course.lease.worker)
         course.sent.append(answer.first_token_id)
         course.count_first_token(FirstToken.PREFILL)
         return TokenBatch([answer.first_token_id], answer.logprobs, finish)

@@ -43,7 +43,7 @@ class Roster:
         if (differs := self._weights_apart(worker)) is not None:
             name, other = differs
             log.warning(
-                "another worker has other weights of this name: no KV blocks go between them",
+                "another worker tells other weights of this name: no KV blocks go between them",
                 extra={"worker": worker.id, "other": other, "name_of_weights": name or worker.model},
             )
 
@@ -51,8 +51,8 @@ class Roster:
         """An adapter, or the model by the empty name, and a worker that has other weights of it."""
         for other in (member.worker for member in self._fleet.members if member.is_listed):
             if other.model == worker.model:
-                for name in worker.weights.keys() & other.weights.keys():
-                    if worker.weights[name] != other.weights[name]:
+                for name in ("", *sorted(worker.adapters & other.adapters)):
+                    if worker.weights.get(name) != other.weights.get(name):
                         return name, other.id
         return None
 

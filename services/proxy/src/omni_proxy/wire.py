@@ -141,7 +141,11 @@ def worker_from_wire(info: engine_pb2.WorkerInfo) -> Worker:
         labels=dict(info.labels),
         adapters=frozenset(filter(None, info.adapters)),
         adapter_load_ms=info.adapter_load_ms,
-        weights=dict(info.weights),
+        weights={
+            name: digest
+            for name, digest in (("", info.weights), *zip(info.adapters, info.adapter_weights, strict=False))
+            if digest
+        },
     )
 
 

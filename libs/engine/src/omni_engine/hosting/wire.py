@@ -136,5 +136,6 @@ def info_to_wire(
         num_experts=info.num_experts,
         adapters=info.adapters,
         adapter_load_ms=info.adapter_load_ms,
-        weights=info.weights,
+        weights=info.weights.get("", ""),
+        adapter_weights=[info.weights.get(name, "") for name in info.adapters],
     )

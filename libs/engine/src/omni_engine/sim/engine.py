@@ -19,7 +19,7 @@ from omni_engine.sim.scheduler import Scheduler, Step
 from omni_engine.sim.sequence import SimSequence
 from omni_engine.sim.settings import SimSettings
 from omni_engine.sim.tokens import TokenStream
-from omni_engine.sim.transfer import LeaseServer, open_pull
+from omni_engine.sim.transfer import LeaseServer, open_pull, weights_in
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,10 @@ class SimEngine:
         if handle is not None and handle.block_size != self._settings.block_size:
             raise FailedPrecondition(
                 f"blocks of {handle.block_size} tokens cannot be pulled here", reason="kv_mismatch"
+            )
+        if handle is not None and (weights_in(handle) or self._settings.weights) != self._settings.weights:
+            raise FailedPrecondition(
+                "the blocks were computed with other weights than this engine's", reason="kv_mismatch"
             )
         sequence = self._sequence(job, len(job.token_ids) - job.num_output_tokens)
         sequence.sink, sequence.handle = sink, handle
@@ -362,7 +366,9 @@ class SimEngine:
         if finish is None:
             sequence.blocks = []
             self._leases.grant(name, blocks, sequence.num_prompt)
-            handle = self._server.handle(name, sequence.num_prompt, len(blocks), self._settings, self.info.engine_id)
+            handle = self._server.handle(
+                name, sequence.num_prompt, len(blocks), self._settings, self.info.engine_id, self._settings.weights
+            )
         self._drop(sequence)
         logprobs = sequence.stream.logprobs(token)
         answer.set_result(PrefillResult(token, finish, handle, sequence.cached, timings, logprobs))

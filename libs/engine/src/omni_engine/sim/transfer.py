@@ -42,10 +42,11 @@ class LeaseServer:
         await self._server.wait_closed()
 
     def handle(
-        self, lease_id: str, num_tokens: int, num_blocks: int, settings: SimSettings, engine_id: str
+        self, lease_id: str, num_tokens: int, num_blocks: int, settings: SimSettings, engine_id: str, weights: str
     ) -> KvHandle:
-        """What a puller needs to find this server and the lease."""
+        """What a puller needs to find this server and the lease, and to know whether the blocks are for it."""
         target = {"connector": "sim", "host": settings.kv_host, "port": self.port, "lease": lease_id}
+        target["weights"] = weights
         return KvHandle(
             opaque=json.dumps(target).encode(),
             engine_id=engine_id,
@@ -119,3 +120,11 @@ async def open_pull(handle: KvHandle, timeout_s: float) -> Pull:
 async def _closed(writer: asyncio.StreamWriter | None) -> None:
     if writer is not None:
         await Pull(writer, 0).close()
+
+
+def weights_in(handle: KvHandle) -> str:
+    """With which its blocks were computed; empty where it does not tell."""
+    try:
+        return str(json.loads(handle.opaque)["weights"])
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -108,15 +108,8 @@ class PoolCost(_message.Message):
     def __init__(self, medium: _Optional[_Union[_kv_pb2.Medium, str]] = ..., latency_ms: _Optional[float] = ..., ms_per_block: _Optional[float] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "address", "role", "epoch", "model", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "engine", "engine_version", "kv_connector", "engine_id", "layout_version", "labels", "num_moe_layers", "num_experts", "pool", "adapters", "adapter_load_ms", "weights")
+    __slots__ = ("worker_id", "address", "role", "epoch", "model", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "engine", "engine_version", "kv_connector", "engine_id", "layout_version", "labels", "num_moe_layers", "num_experts", "pool", "adapters", "adapter_load_ms", "weights", "adapter_weights")
     class LabelsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-    class WeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +138,7 @@ class WorkerInfo(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_LOAD_MS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     role: Role
@@ -166,5 +160,6 @@ class WorkerInfo(_message.Message):
     pool: PoolCost
     adapters: _containers.RepeatedScalarFieldContainer[str]
     adapter_load_ms: float
-    weights: _containers.ScalarMap[str, str]
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., kv_connector: _Optional[str] = ..., engine_id: _Optional[str] = ..., layout_version: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ..., num_moe_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., pool: _Optional[_Union[PoolCost, _Mapping]] = ..., adapters: _Optional[_Iterable[str]] = ..., adapter_load_ms: _Optional[float] = ..., weights: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    weights: str
+    adapter_weights: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., kv_connector: _Optional[str] = ..., engine_id: _Optional[str] = ..., layout_version: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ..., num_moe_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., pool: _Optional[_Union[PoolCost, _Mapping]] = ..., adapters: _Optional[_Iterable[str]] = ..., adapter_load_ms: _Optional[float] = ..., weights: _Optional[str] = ..., adapter_weights: _Optional[_Iterable[str]] = ...) -> None: ...

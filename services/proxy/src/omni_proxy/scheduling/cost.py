@@ -195,7 +195,8 @@ class CostPolicy:
         holder = view.ids.index(request.held_by) if request.held_by in view.ids else None
         waiting_ms, computing_ms = (times.queue_ms + view.load_ms)[rows], times.prefill_ms[rows]
         first_ms = waiting_ms + computing_ms
-        transfer_ms, pulls = np.zeros(len(rows)), np.full(len(rows), bool(request.kv_connector))
+        kind = request.kv_connector or None
+        transfer_ms, pulls = np.zeros(len(rows)), np.array([view.connectors[row] == kind for row in rows], np.bool_)
         terms: dict[str, Floats] = {}
         if holder is not None:
             from_there = np.array([holder])

@@ -72,20 +72,24 @@ class Prediction:
     confidence: float = 0.0
     adapter_ms: float = 0.0
     seat_ms: float = 0.0
-    """Until decode has a seat for the sequence."""
+    """Until decode has a seat for the sequence, from now on."""
+    is_alone: bool = False
+    """Decode computes the prompt, which has to have a seat there first."""
     decode_draws_first: bool = False
     """The token of the prefill leg may not stand, so the client's first one comes after the handoff."""
 
     @property
     def computed_ms(self) -> float:
         """From dispatch to the end of the prompt."""
-        return self.queue_ms + self.adapter_ms + self.prefill_ms
+        begins_ms = max(self.queue_ms, self.seat_ms) if self.is_alone else self.queue_ms
+        return begins_ms + self.adapter_ms + self.prefill_ms
 
     @property
     def ttft_ms(self) -> float:
         """From dispatch to the client's first token."""
-        handoff_ms = self.transfer_ms + self.seat_ms + self.step_ms
-        return self.computed_ms + (handoff_ms if self.decode_draws_first else 0.0)
+        if not self.decode_draws_first:
+            return self.computed_ms
+        return max(self.computed_ms + self.transfer_ms, self.seat_ms) + self.step_ms
 
 
 NO_PREDICTION = Prediction()
@@ -103,7 +107,8 @@ def foreseen(
         step_ms=float(times.step_ms[decode]),
         confidence=float(times.confidence[computing]),
         adapter_ms=float(view.adapter_ms[computing]),
-        seat_ms=float(times.seat_ms[decode]),
+        seat_ms=0.0 if pulls else float(times.seat_ms[decode]),
+        is_alone=prefill is None and not pulls,
     )
 
 
