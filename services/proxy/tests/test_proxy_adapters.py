@@ -229,6 +229,22 @@ async def test_an_adapter_that_everybody_lost_is_an_error_of_the_workers(start):
     await stack.until_settled()
 
 
+async def test_a_stream_waits_for_the_only_one_that_serves_it(start):
+    """Ejected for what broke it, and back after a while that nobody tells."""
+    health = {"consecutive_failures": 1, "ejection_s": 0.5, "stall_min_s": 60.0}
+    stack = await start(
+        "p d1 d2", {"health": health, "resume_timeout_s": 20.0}, adapters={"p": {"x"}, "d1": {"x"}}, hold_after=4
+    )
+    async with asyncio.timeout(30):
+        asked = asyncio.create_task(stack.chat(model="x", stream=True, max_tokens=12))
+        await stack["d1"].held.wait()
+        stack["d1"].resumed.set()
+        stack["d1"].breaks.set()
+        answer = await asked
+    assert answer.text.endswith("data: [DONE]\n\n") and "error" not in answer.text
+    assert len(stack["d1"].submits) == 2 and not stack["d2"].touched
+
+
 async def test_a_stream_goes_on_where_it_is_served(start):
     stack = await start("d1 d2 d3", adapters={"d1": {"x"}, "d3": {"x"}}, hold_after=3)
     whole = await start("d", adapters={"d": {"x"}})

@@ -327,6 +327,15 @@ async def test_who_goes_away_just_before_the_release_is_not_charged():
         assert b.order == ["a", "b"]
 
 
+def test_nobodys_time_is_no_pace() -> None:
+    pace = Pace()
+    for number in range(20):
+        pace.released(number * 0.02, was_backlog=True)
+    pace.rested()  # who waited has left
+    pace.released(3600.0, was_backlog=True)
+    assert pace.gap_ms(7.0) == pytest.approx(20)
+
+
 def test_the_pace_follows_the_queue():
     pace = Pace()
     assert pace.gap_ms(7.0) == 7.0

@@ -141,6 +141,38 @@ def test_levels_survive_years_without_loss_of_order():
     assert popped(queue, 3000) == ["calm", "busy"]
 
 
+@pytest.mark.parametrize("passes_by", [False, True])
+def test_tenants_stay_equal_for_years(passes_by: bool) -> None:
+    """Sums of what was attained are made smaller now and then; nobody may be left out of that."""
+    queue = queue_of(half_life_s=1, ttl_s=FAR)
+    names = ("a", "b", "c")
+    served: Counter[str] = Counter()
+    for name in names * 2:
+        queue.offer(ticket(name, name, uncached_tokens=100), 0)
+    for step in range(6000):
+        now = step * 0.2
+        if passes_by:
+            queue.pass_by(ticket("p", names[step % 3], uncached_tokens=100), now)
+        taken = queue.pop(now)
+        assert taken is not None
+        served[taken.tenant] += 1
+        queue.offer(ticket(taken.tenant, taken.tenant, uncached_tokens=100), now)
+        if step % 300 == 299:
+            assert max(served.values()) - min(served.values()) <= 6, f"at {now:.0f} s"
+            served.clear()
+
+
+def test_what_is_given_back_late_weighs_as_it_was_charged() -> None:
+    queue = queue_of(half_life_s=1)
+    queue.pass_by(early := ticket("e", "early", output_tokens=100), 0)
+    queue.pass_by(ticket("o", "other", output_tokens=100), 10)
+    queue.pass_by(ticket("e2", "early", output_tokens=101), 10)
+    queue.settle(early, -early.service, 0)
+    for tenant in ("early", "other"):
+        queue.offer(ticket(tenant, tenant), 10)
+    assert popped(queue, 10) == ["other", "early"]
+
+
 def test_without_fairness_the_order_is_of_all_tenants():
     queue = queue_of(fairness="none", order="spt")
     for name, tokens in (("a", 30), ("b", 10), ("c", 20)):

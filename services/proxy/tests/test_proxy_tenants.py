@@ -206,6 +206,26 @@ def test_requests_per_minute():
     assert bench.metric("omni_proxy_dropped_total", reason="requests_per_minute") == 1
 
 
+def test_fewer_than_one_request_per_minute() -> None:
+    bench = Bench({"name": "a", "requests_per_minute": 0.5})
+    bench.enter()
+    assert refusal(bench.enter).retry_after_s == pytest.approx(120)
+    bench.pass_s(120)
+    bench.enter()
+
+
+def test_who_is_configured_later_or_not_any_more_keeps_what_was_used() -> None:
+    bench, limited = Bench(), {"name": "a", "max_inflight": 2}
+    visits = [bench.enter(), bench.enter()]
+    for configured in ([limited], [], [limited]):
+        bench.tenants.reconfigure(settings(*configured), NO_SLO)
+        if configured:
+            assert refusal(bench.enter).reason == "tenant_in_flight"
+    for visit in visits:
+        visit.end()
+    bench.enter()
+
+
 def test_requests_in_flight_end_once():
     bench = Bench({"name": "a", "max_inflight": 1})
     visit = bench.enter()

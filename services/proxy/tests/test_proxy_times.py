@@ -145,6 +145,23 @@ def test_a_backlog_melts_as_time_passes_and_what_is_late_stays() -> None:
     assert world.backlog_ms("w") == 0
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_prompt_that_is_given_up_takes_nothing_of_the_others_time(is_first: bool) -> None:
+    world = World()
+    world.join("w", Truth(noise=0.0))
+    list(world.arrivals("w", 100))
+    world.drain()
+    prompts = [world.send("w", new) for new in ((100, 8000) if is_first else (8000, 100))]
+    backlog_ms = world.backlog_ms("w")
+    given_up = prompts[0] if is_first else prompts[1]
+    world.now_s += 1.0
+    given_up.__exit__(None, None, None)
+    whole_ms = world.prefill_ms("w", 8000)
+    passed_ms = 0.0 if is_first else 1000.0
+    assert world.backlog_ms("w") == pytest.approx(whole_ms - passed_ms, rel=0.05)
+    assert backlog_ms > whole_ms
+
+
 def test_the_next_prompt_begins_when_the_first_is_answered() -> None:
     world = World()
     world.join("w")
@@ -192,6 +209,45 @@ def test_a_newcomer_is_taken_to_be_like_the_others_of_its_kind() -> None:
     slot = world.columns.slot("new")
     assert world.times.of(np.array([slot]), world.now_s, 2000, 1, np.array([2000])).confidence[0] == 0
     assert world.prefill_ms("stranger", 2000) == pytest.approx(np.dot(Priors().prompt, prompt_features(2000, 0)))
+
+
+@pytest.mark.parametrize("lasted_ms", [3_000.0, 30_000.0])
+def test_a_newcomers_first_prompt_is_not_taken_at_its_word(lasted_ms: float) -> None:
+    """It may have met a compiler or a pause; believed, it would keep all others away."""
+    world = World(3)
+    world.join("old")
+    list(world.arrivals("old", 100))
+    world.drain()
+    world.join("new")
+    world.times.saw_prompt(world.columns.slot("new"), prompt_features(500, 0), lasted_ms)
+    usual_ms = world.prefill_ms("old", 1000)
+    assert world.prefill_ms("new", 1000) < 5 * usual_ms
+    for _ in range(3):
+        world.send("new", 1000)
+        world.drain()
+    assert world.prefill_ms("new", 1000) < 1.5 * usual_ms
+
+
+@pytest.mark.parametrize("factor", [10.0, 1.8])
+def test_an_idle_worker_that_was_far_slower_than_its_kind_gets_another_chance(factor: float) -> None:
+    world = World(3)
+    for name in ("slow", "b", "c"):
+        world.join(name, Truth(tuple(factor * part for part in FAST)) if name == "slow" else None)  # type: ignore[arg-type]
+        list(world.arrivals(name, 60))
+        world.drain()
+    slot, believed_ms, usual_ms = (
+        world.columns.slot("slow"),
+        world.prefill_ms("slow", 1000),
+        world.prefill_ms("b", 1000),
+    )
+    for tenth in range(300):
+        world.times.saw_idle(slot, world.now_s + tenth / 10)
+    doubted_ms = world.prefill_ms("slow", 1000)
+    assert doubted_ms == pytest.approx(believed_ms if factor < 2 else 2 * usual_ms, rel=0.2)
+    for _ in range(4):
+        world.send("slow", 1000)
+        world.drain()
+    assert world.prefill_ms("slow", 1000) == pytest.approx(factor * usual_ms, rel=0.3)
 
 
 def test_who_came_together_hears_of_the_first_that_is_seen() -> None:

@@ -7,7 +7,7 @@ submit -> start -> tokens ... finish
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from omni_common.errors import Code, OmniError, Unavailable
 from omni_proxy.attempt import Attempt
@@ -24,6 +24,7 @@ from omni_proxy.worker import Member, Worker
 
 ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 _PAUSE_S = 0.1
+_LOOK_AGAIN_S = 0.25
 _DIVERGED = "replay_differs"
 _HOLDER_QUIET = "holder_stalled"
 
@@ -170,11 +171,13 @@ class Decoding:
         return member
 
     async def _fleet_change(self, give_up: float, unavailable: Unavailable) -> None:
-        try:
-            async with asyncio.timeout_at(min(give_up, self._course.job.deadline)):
+        """Wait for one, or some time: who was ejected comes back without a sign."""
+        now, give_up = self._course.now(), min(give_up, self._course.job.deadline)
+        if now >= give_up:
+            raise unavailable
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(_LOOK_AGAIN_S, give_up - now)):
                 await self._course.scheduler.fleet.changed()
-        except TimeoutError:
-            raise unavailable from None
 
     def _submit_to(self, member: Member, stack: ExitStack) -> Feed:
         course, worker, decode = self._course, member.worker, member.decode

@@ -366,7 +366,7 @@ class Fleet:
             if seen is not None and self._saw_step is not None:
                 self._saw_step(seen)
         elif not (steps or load.running or load.waiting):
-            self.times.saw_idle(slot)
+            self.times.saw_idle(slot, self.now())
 
 
 def _pairing(workers: Sequence[Worker], adapter: str) -> Pairing:

@@ -1,5 +1,6 @@
 """What this proxy has in flight on each worker. The only writer of own load."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,7 +31,18 @@ class InFlight:
 class Charge:
     """One leg on one worker. A context: what is still charged when it ends is settled then."""
 
-    __slots__ = ("_answer", "_columns", "_load_ms", "_now", "_output", "_received", "_slot", "_uncached", "_work")
+    __slots__ = (
+        "_answer",
+        "_columns",
+        "_load_ms",
+        "_now",
+        "_output",
+        "_prompts",
+        "_received",
+        "_slot",
+        "_uncached",
+        "_work",
+    )
 
     def __init__(
         self,
@@ -41,8 +53,11 @@ class Charge:
         work: Floats,
         output: int,
         load_ms: float,
+        prompts: "dict[Charge, None]",
     ) -> None:
+        """`prompts`: those of the worker, in the order they were sent."""
         self._columns = columns
+        self._prompts = prompts
         self._slot = slot
         self._now = now
         self._uncached = uncached
@@ -63,6 +78,7 @@ class Charge:
         if self._work is not _NO_WORK:
             if not columns.own_prefills[slot]:
                 columns.busy_since_s[slot] = self._now()
+            self._prompts[self] = None
             columns.own_prefills[slot] += 1
             columns.own_uncached_tokens[slot] += self._uncached
             columns.own_work[slot] += self._work
@@ -72,16 +88,23 @@ class Charge:
 
     def computed(self) -> None:
         """The prompt is computed; the next one's turn has come."""
+        self._leave(is_computed=True)
+
+    def _leave(self, *, is_computed: bool) -> None:
+        """One that is given up is nobody's turn, unless it was the first."""
         if self._work is _NO_WORK:
             return
         columns, slot = self._columns, self._slot
+        is_computed |= next(iter(self._prompts)) is self
+        del self._prompts[self]
         columns.own_prefills[slot] -= 1
         columns.own_uncached_tokens[slot] -= self._uncached
         # Sums of floats that went in and out need not end at zero.
         columns.own_work[slot] = columns.own_work[slot] - self._work if columns.own_prefills[slot] else 0.0
         if self._load_ms:
             columns.own_load_ms[slot] = columns.own_load_ms[slot] - self._load_ms if columns.own_prefills[slot] else 0.0
-        columns.busy_since_s[slot] = self._now()
+        if is_computed:
+            columns.busy_since_s[slot] = self._now()
         self._work, self._uncached = _NO_WORK, 0
 
     def received(self, tokens: int) -> None:
@@ -93,7 +116,7 @@ class Charge:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.computed()
+        self._leave(is_computed=False)
         self._received = self._output
         self._settle_output()
         columns, slot = self._columns, self._slot
@@ -114,6 +137,8 @@ class Ledger:
         """`now`: seconds on the clock that the fleet's view uses."""
         self._columns = columns
         self._now = now
+        self._prompts: defaultdict[int, dict[Charge, None]] = defaultdict(dict)
+        """By slot."""
 
     def of(self, worker_id: str) -> InFlight:
         slot, columns = self._columns.get(worker_id), self._columns
@@ -137,7 +162,16 @@ class Ledger:
         """
         slot = self._columns.slot(worker_id)
         work = _NO_WORK if prompt is None else prompt_features(*prompt)
-        return Charge(self._columns, slot, self._now, prompt[0] if prompt else 0, work, output_tokens, load_ms)
+        return Charge(
+            self._columns,
+            slot,
+            self._now,
+            prompt[0] if prompt else 0,
+            work,
+            output_tokens,
+            load_ms,
+            self._prompts[slot],
+        )
 
     def forget(self, worker_id: str) -> bool:
         """Drop the account of a worker that is gone. False: something still runs there, ask again."""

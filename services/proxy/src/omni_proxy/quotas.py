@@ -35,15 +35,15 @@ class Limited(Protocol):
 
 
 class Bucket:
-    """Holds up to `per_minute` and fills evenly."""
+    """Holds up to `per_minute`, at least 1, and fills evenly."""
 
     def __init__(self, per_minute: float, now: float) -> None:
         self.per_minute = per_minute
-        self._level = per_minute
+        self._most = self._level = max(1.0, per_minute)
         self._at_s = now
 
     def level(self, now: float) -> float:
-        self._level = min(self.per_minute, self._level + (now - self._at_s) * self.per_minute / 60)
+        self._level = min(self._most, self._level + (now - self._at_s) * self.per_minute / 60)
         self._at_s = now
         return self._level
 
@@ -53,7 +53,7 @@ class Bucket:
 
     def take(self, amount: float, now: float) -> None:
         """May leave a debt; less than 0 gives back."""
-        self._level = min(self.per_minute, self.level(now) - amount)
+        self._level = min(self._most, self.level(now) - amount)
 
 
 @dataclass(slots=True)

@@ -178,10 +178,12 @@ class Tenants:
         self._tenants = {}
         self._digests = [(key.digest, s.name) for s in settings for key in s.keys]
         for each in settings:
-            if (known := before.get(each.name)) is not None:
+            if (known := before.pop(each.name, None) or self._unknown.pop(each.name, None)) is not None:
                 known.settings = each
                 known.quota.reconfigure(each, now)
             self._tenants[each.name] = known or _Tenant(each, Quota(each, now))
+        before.pop(ANY, None)
+        self._unknown.update(before)
         for other in self._unknown.values():
             other.settings = self._any
             other.quota.reconfigure(self._any, now)

@@ -120,7 +120,8 @@ class Band:
         lane.releases += 1
         lane.ages_s = now + self._patience_s
         self._active.move_to_end(lane.tenant)
-        lane.attained += self._fairness.service(entry.ticket) * self._scale(now)
+        scale = self._scale(now)  # which may change what lanes have attained
+        lane.attained += self._fairness.service(entry.ticket) * scale
         self.drop(entry)
         if lane:
             self._place(lane)
@@ -138,11 +139,12 @@ class Band:
             self._remember(lane)
 
     def charge(self, tenant: str, service: float, weight: float, now: float) -> None:
-        """Service outside a turn; less than 0 gives back what was charged too much."""
+        """Service outside a turn; less than 0 gives back what was charged too much at that time."""
+        scale = self._scale(now)  # before the lane is taken from those that it changes
         lane = self._lane(tenant)
         if not lane:
             lane.weight = weight
-        lane.attained = max(0.0, lane.attained + service * self._scale(now))
+        lane.attained = max(0.0, lane.attained + service * scale)
         if lane:
             self._place(lane)
         else:

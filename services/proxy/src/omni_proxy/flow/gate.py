@@ -210,6 +210,7 @@ class FlowGate:
         self._shed_hopeless(ticket)
         if not self._queue:
             self._progress_s = now
+            self._pace.rested()
         try:
             displaced = self._queue.offer(ticket, now)
         except ResourceExhausted as full:
@@ -426,13 +427,15 @@ class FlowGate:
         return min(self._queue.settings.ttl_s, drain_ms / 1e3)
 
     def _turn(self, ticket: Ticket, offered_s: float, reason: Release, *, has_waited: bool) -> Turn:
-        waited_s = max(0.0, self._timers.time() - offered_s)
+        released_s = self._timers.time()
+        waited_s = max(0.0, released_s - offered_s)
         self._metrics.hold.observe(waited_s)
         self._metrics.releases[reason].inc()
 
         def ended(tokens: int) -> None:
             excess = OUTPUT_WEIGHT * (tokens - ticket.output_tokens)
-            self._queue.settle(ticket, excess, self._timers.time())
+            # What is given back weighs as much as when it was charged.
+            self._queue.settle(ticket, excess, released_s if excess < 0 else self._timers.time())
 
         return Turn(waited_s * 1e3, has_waited, reason, ticket, ended)
 

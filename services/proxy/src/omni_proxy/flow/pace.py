@@ -19,6 +19,10 @@ class Pace:
             self._gap_ms = before + _WEIGHT * (gap_ms - before)
         self._last_s = now if was_backlog else None
 
+    def rested(self) -> None:
+        """The queue was empty: what passed since the last release was nobody's pace."""
+        self._last_s = None
+
     def gap_ms(self, default_ms: float) -> float:
         """`default_ms` until releases were seen."""
         return default_ms if self._gap_ms is None else self._gap_ms

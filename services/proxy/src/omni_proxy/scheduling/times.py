@@ -29,6 +29,9 @@ _PACE = 0.95
 """Share of the inter-token SLO up to which a worker gets more sequences: those that run grow until they end."""
 _TELLS = frozenset({1, 8, 32, 128, 512})
 """Observations of a worker after which others of its kind hear of it."""
+_FAR_SLOWER, _DOUBT, _DOUBT_EVERY_S = 2.0, 0.8, 1.0
+"""An idle worker that is believed to be so many times slower than its kind gets quicker by this factor, so often."""
+_USUAL_STEP = np.array([1.0, 8.0, 8.0, 0.0])
 _STRANGER_MS = 1000.0
 """So long a worker is not free at its first prompt if nothing is known of its kind: a prior may be off by any factor,
 and what is sent behind a prompt that takes ten times as long as believed waits for all of it."""
@@ -37,6 +40,9 @@ and what is sent behind a prompt that takes ten times as long as believed waits 
 def prompt_features(uncached_tokens: float, cached_tokens: int) -> Floats:
     new = float(uncached_tokens)
     return np.array([1.0, new, new * (cached_tokens + new / 2) / 1e3])
+
+
+_USUAL_PROMPT = prompt_features(1000, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,8 @@ class WorkerTimes:
         """Of the transfer model, for pairs not seen, by the slot of prefill."""
         self._limits = np.zeros((0, 3), np.int64)
         self._background = np.zeros(0)
+        self._idle_s: dict[int, float] = {}
+        """Since when an idle worker's times were last looked at, by slot."""
 
     def join(self, slot: int, capacity: Capacity) -> None:
         """A worker, or the next epoch of one, of which more is known than of a stranger."""
@@ -112,9 +120,9 @@ class WorkerTimes:
             alike = self._alike(capacity.kind)
             if alike.isdisjoint(self._prompts_seen):
                 self._strangers.add(slot)
-            prompt = _prior(self._prompt, self._prompt_rows, alike & self._prompts_seen, self._priors.prompt)
-            step = _prior(self._step, self._step_rows, alike & self._steps_seen, self._priors.step)
-            self._prompt_rows[slot], self._step_rows[slot] = self._prompt.add(prompt), self._step.add(step)
+            prompts_seen, steps_seen = alike & self._prompts_seen, alike & self._steps_seen
+            self._prompt_rows[slot] = _newcomer(self._prompt, self._prompt_rows, prompts_seen, self._priors.prompt)
+            self._step_rows[slot] = _newcomer(self._step, self._step_rows, steps_seen, self._priors.step)
         self._known[slot] = capacity
         self._limits[slot] = capacity.max_num_seqs, capacity.kv_tokens, capacity.max_batched_tokens
         self._connector_rows[slot] = self._general(capacity.connector)
@@ -125,6 +133,7 @@ class WorkerTimes:
             return
         self._prompts_seen.discard(slot)
         self._strangers.discard(slot)
+        self._idle_s.pop(slot, None)
         self._steps_seen.discard(slot)
         self._prompt.remove(int(self._prompt_rows[slot]))
         self._step.remove(int(self._step_rows[slot]))
@@ -188,13 +197,33 @@ class WorkerTimes:
             self._tell(known.kind, self._step, self._step_rows, self._steps_seen)
         return seen
 
-    def saw_idle(self, slot: int) -> None:
+    def saw_idle(self, slot: int, now_s: float) -> None:
         """A worker has nothing to do: fewer prompts than lately are to be expected beside its steps.
 
-        Else one whose last steps held prompts would look slow for as long as that keeps work from it.
+        Else one whose last steps held prompts would look slow for as long as that keeps work from it. One that is
+        believed to be far slower than others of its kind is believed so less and less, for the same reason.
         """
-        if slot in self._known:
-            self._background[slot] *= _IDLE_BACKGROUND
+        known = self._known.get(slot)
+        if known is None:
+            return
+        self._background[slot] *= _IDLE_BACKGROUND
+        if self._columns.own_requests[slot]:
+            self._idle_s.pop(slot, None)
+            return
+        if now_s - self._idle_s.setdefault(slot, now_s) < _DOUBT_EVERY_S:
+            return
+        self._idle_s[slot] = now_s
+        others = self._alike(known.kind) - {slot}
+        self._doubt(self._prompt, self._prompt_rows, slot, others & self._prompts_seen, _USUAL_PROMPT)
+        self._doubt(self._step, self._step_rows, slot, others & self._steps_seen, _USUAL_STEP)
+
+    def _doubt(self, model: Predictor, rows: Ints, slot: int, others: set[int], usual: Floats) -> None:
+        if not others:
+            return
+        own, usual_ms = model.typical(rows[[slot]]), float(model.typical(rows[list(others)]) @ usual)
+        if (own_ms := float(own @ usual)) > _FAR_SLOWER * usual_ms:
+            model.remove(int(rows[slot]))
+            rows[slot] = _like(model, own * max(_DOUBT, _FAR_SLOWER * usual_ms / own_ms))
 
     def backlog_ms(self, slots: Rows | Ints, now_s: float) -> Floats:
         """Until what is in flight to each worker is computed."""
@@ -298,7 +327,7 @@ class WorkerTimes:
         typical = model.typical(rows[list(alike & seen)])
         for slot in alike - seen:
             model.remove(int(rows[slot]))
-            rows[slot] = model.add(typical)
+            rows[slot] = _like(model, typical)
 
     def _general(self, connector: str) -> int:
         row = self._connectors.get(connector)
@@ -387,6 +416,16 @@ class RequestTimes:
         return times._prompt.milliseconds(times._prompt_rows[self._slots], features)
 
 
-def _prior(model: Predictor, rows: Ints, alike: Collection[int], fallback: Sequence[float]) -> Floats:
-    """What is typical of those alike that were seen, by slot."""
-    return model.typical(rows[list(alike)]) if alike else np.array(fallback, np.float64)
+def _newcomer(model: Predictor, rows: Ints, alike: Collection[int], fallback: Sequence[float]) -> int:
+    """Its row: like what is typical of those alike that were seen, by slot."""
+    return _like(model, model.typical(rows[list(alike)])) if alike else model.add(np.array(fallback, np.float64))
+
+
+def _like(model: Predictor, coefficients: Floats) -> int:
+    """A row of which as much is known as of a worker that started anew.
+
+    Its first time may have met a compiler or a pause; one that nothing is known of would take it at its word.
+    """
+    row = model.add(coefficients)
+    model.restart(row)
+    return row
