@@ -55,6 +55,21 @@ async def undisturbed(stack: Any, **changes: Any) -> str:
     return said
 
 
+async def test_a_burst_that_may_be_hedged_is_spread_like_any_other(start):
+    hedged = {"enabled": True, "min_wait_ms": 60_000}
+    stack = await start("p1 p2 p3 p4 d", {"hedging": hedged, "policy": "least_loaded"})
+    gate = asyncio.Event()
+    for name in ("p1", "p2", "p3", "p4"):
+        stack[name].prefill_gate = gate
+    body = {"model": "tiny", "prompt": [f"prompt {number}" for number in range(32)], "max_tokens": 2}
+    asked = asyncio.create_task(stack.client.post("/v1/completions", json=body, timeout=30))
+    for name in ("p1", "p2", "p3", "p4"):
+        await asyncio.wait_for(stack[name].prefill_started.wait(), 10)
+    gate.set()
+    assert (await asked).status_code == 200
+    await stack.until_settled()
+
+
 def last_span(stack: Any) -> Any:
     return [span for span in stack.spans.get_finished_spans() if span.name == "proxy.request"][-1].attributes
 

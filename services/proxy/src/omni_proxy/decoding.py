@@ -23,7 +23,7 @@ from omni_proxy.sequence import TokenBatch
 from omni_proxy.worker import Member, Worker
 
 ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH})
-_PAUSE_S = 0.1
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _LOOK_AGAIN_S = 0.25
 _DIVERGED = "replay_differs"
 _HOLDER_QUIET = "holder_stalled"
@@ -147,7 +147,7 @@ class Decoding:
             if not course.sent:
                 raise error
             # The client has a token: a full worker is asked again rather than the stream ended.
-            await asyncio.sleep(_PAUSE_S * 4 ** (fruitless - 1))
+            await asyncio.sleep(min(_PAUSE_S * 4 ** (fruitless - 1), _LONGEST_PAUSE_S))
         if not course.sent:
             course.count_retry("decode")
             return

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from omni_common.errors import OmniError, Unavailable
 from omni_proxy.course import FINAL, Course, Lease
+from omni_proxy.foresight import Computing
 from omni_proxy.patience import patience
 from omni_proxy.ports import PrefillAnswer, PrefillOrder, PrefillPort
 from omni_proxy.scheduling.decision import Decision
@@ -75,14 +76,15 @@ class Prefilling:
         metrics = self._course.scheduler.metrics.health
         patience_ms = self._course.scheduler.hedging.patience_ms(predicted_ms)
         if patience_ms is None:
-            return await self._leg(member, predicted_ms)
-        began, first = self._loop.time(), asyncio.ensure_future(self._leg(member, predicted_ms))
+            with self._course.foresight.compute_on(member.worker, 0) as computing:
+                return await self._leg(member, predicted_ms, computing)
+        began, first = self._loop.time(), self._apart(member, predicted_ms)
         legs = {first: "first"}
         chosen: asyncio.Task[Prefilled] | None = None
         try:
             done, _ = await asyncio.wait(legs, timeout=patience_ms / 1e3)
             if not done and (second := self._second(member)) is not None:
-                legs[asyncio.ensure_future(self._leg(*second))] = "second"
+                legs[self._apart(*second)] = "second"
                 self._course.record.is_hedged = True
             winner = await _first(set(legs))
             if len(legs) > 1:
@@ -134,19 +136,26 @@ class Prefilling:
                 if leg is not chosen and _has_answer(leg) and leg.result().give_up():
                     self._course.scheduler.metrics.releases.inc()
 
-    async def _leg(self, member: Member, predicted_ms: float) -> Prefilled:
+    def _apart(self, member: Member, predicted_ms: float) -> "asyncio.Task[Prefilled]":
+        """A leg beside which others may run. Charged at once: who is scheduled before its first step has to see it."""
+        computing = self._course.foresight.compute_on(member.worker, 0)
+        computing.__enter__()
+        leg = asyncio.ensure_future(self._leg(member, predicted_ms, computing))
+        leg.add_done_callback(lambda _: computing.__exit__())  # also where it is cancelled before its first step
+        return leg
+
+    async def _leg(self, member: Member, predicted_ms: float, computing: Computing) -> Prefilled:
         port, worker, foresight = member.prefill, member.worker, self._course.foresight
         if port is None:
             raise Unavailable("the worker takes no prompts any more", reason="role")
         order = self._order(worker)
-        computing = foresight.compute_on(worker, 0)
         # A later look would find the prompt itself on its way there.
         foreseen = foresight.cached_tokens(worker)
         leg_trace = self._course.trace.leg("proxy.prefill", lambda: foresight.attributes(worker))
         began = self._loop.time()
         fleet = self._course.scheduler.fleet
         attempting = fleet.attempt(worker.id, self._course.job.adapter)
-        with attempting as attempt, foresight.mark(worker) as mark, computing, leg_trace as leg:
+        with attempting as attempt, foresight.mark(worker) as mark, leg_trace as leg:
             try:
                 async with patience(fleet.health.settings, predicted_ms / 1e3, lambda: port.is_silent):
                     answer = await port.prefill(order, self._course.left_s(), leg.headers)

@@ -12,7 +12,7 @@ from omni_proxy.names import known_name
 class BandSettings(BaseModel):
     """Requests of this priority, up to the next band's. A band goes before all bands of less priority."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     priority: int
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -43,7 +43,7 @@ DEFAULT_BANDS = (
 class FlowSettings(BaseModel):
     """The queue in front of the workers. Milliseconds and seconds as the names say."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_requests: int = Field(default=5000, ge=1, description="Waiting at once; more are answered 429")
     max_bytes: int = Field(default=256 * 1024 * 1024, ge=1, description="Of waiting prompts")
