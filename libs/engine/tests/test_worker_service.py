@@ -1,6 +1,7 @@
 import asyncio
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -11,13 +12,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from decode_client import session
 
 from omni.engine.v1 import engine_pb2
-from omni.engine.v1.worker_service_pb2 import DescribeRequest, DrainRequest, WatchStatsRequest
+from omni.engine.v1.worker_service_pb2 import DescribeRequest, DrainRequest, WatchStatsRequest, WatchStatsResponse
 from omni.prefill.v1.prefill_service_pb2 import PrefillRequest, ReleaseKvRequest
 from omni_common.errors import InvalidRequest, Unavailable
 from omni_common.rpc import channel
 from omni_common.rpc_errors import from_rpc_error
+from omni_engine.hosting.admission import Admission
 from omni_engine.hosting.engines import ENGINES
 from omni_engine.hosting.settings import WorkerSettings
+from omni_engine.hosting.worker import WorkerServicer
 
 
 def request(name="p"):
@@ -63,6 +66,18 @@ async def test_draining_is_told_at_once(hosted):
         worker.host.admission.set_draining(True)
         assert (await watch.read()).draining
         watch.cancel()
+
+
+async def test_draining_that_begins_while_a_report_is_on_its_way_is_told_at_once() -> None:
+    admission = Admission("m")
+    told = SimpleNamespace(load=lambda proxy_id: WatchStatsResponse(draining=admission.is_draining))
+    servicer = WorkerServicer(told, admission, 1.0, lambda: None)  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        watch = servicer.WatchStats(WatchStatsRequest(min_interval_ms=3_600_000), None)
+        assert not (await anext(watch)).draining
+        admission.set_draining(True)
+        assert (await anext(watch)).draining
+        await watch.aclose()
 
 
 async def test_load_is_told_once_per_interval(hosted):

@@ -162,11 +162,13 @@ class WorkerServicer(WorkerServiceServicer):
         interval_s = max(_SHORTEST_INTERVAL_MS, request.min_interval_ms or _DEFAULT_INTERVAL_MS) / 1e3
         last, sent_s = None, 0.0
         while True:
+            # As told: what changes while a report is on its way is news.
+            told = self._admission.role, self._admission.is_draining
             load, now_s = self._worker.load(request.proxy_id), time.monotonic()
             if load != last or now_s - sent_s >= _LONGEST_SILENCE_S:
                 yield load
                 last, sent_s = load, now_s
-            await self._pause(interval_s)
+            await self._pause(interval_s, told)
 
     async def SetRole(self, request: SetRoleRequest, context: Any) -> SetRoleResponse:
         if (role := role_from_wire(request.role)) is None:
@@ -196,9 +198,8 @@ class WorkerServicer(WorkerServiceServicer):
         drained = await self._worker.drain(limit_s)
         return DrainResponse(drained=drained, running=self._admission.active, leases=self._worker.leases)
 
-    async def _pause(self, interval_s: float) -> None:
-        """An interval; a change of role or draining ends it early."""
-        admission = self._admission
-        told, until_s = (admission.role, admission.is_draining), time.monotonic() + interval_s
+    async def _pause(self, interval_s: float, told: tuple[EngineRole, bool]) -> None:
+        """An interval; a role or draining other than `told` ends it early."""
+        admission, until_s = self._admission, time.monotonic() + interval_s
         while (admission.role, admission.is_draining) == told and (left_s := until_s - time.monotonic()) > 0:
             await admission.changed(left_s)
